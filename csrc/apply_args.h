@@ -1,0 +1,27 @@
+// One call of the operator as the CPU and the CUDA kernels take it: raw pointers, no torch.
+#pragma once
+
+#include "epilogue.h"
+#include "index_map.h"
+
+namespace dropout_ext {
+
+struct ApplyArgs {
+  const void* in;  // null for Epilogue::kKeepMask
+  void* out;       // may be `in` itself: in place; otherwise the two do not overlap
+  Dtype dtype;     // of input and output; kBool for Epilogue::kKeepMask
+  Epilogue epilogue;
+  EpilogueParams params;
+  uint64_t threshold;  // 0 .. 2^32, see mask.h
+  IndexMap map;        // of one slice, normalized; numel() > 0
+
+  // Keys of shape (n, 2) give each slice of dimension 0 its own key. Slice j begins at in + j *
+  // slice_in_stride and out + j * slice_out_stride elements and at element index map.mask_offset +
+  // j * slice_mask_stride. A single key is one slice.
+  int64_t slices = 1;
+  int64_t slice_in_stride = 0;
+  int64_t slice_out_stride = 0;
+  uint64_t slice_mask_stride = 0;
+};
+
+}  // namespace dropout_ext

@@ -1,0 +1,37 @@
+// What a kernel writes once it has decided: keep ? f(x) : g. Dropped elements are selected, never
+// multiplied, so NaN and infinity do not survive a drop.
+#pragma once
+
+#include <cstdint>
+
+namespace dropout_ext {
+
+enum class Dtype : int { kFloat64, kFloat32, kFloat16, kBFloat16, kComplex128, kComplex64, kBool };
+
+enum class Epilogue : int {
+  kScale,     // keep ? x * scale : +0, all dtypes but bool
+  kAffine,    // keep ? fma(x, scale, bias) : dropped (alpha dropout), real floating dtypes
+  kKeepMask,  // keep, as a bool; reads no input
+};
+
+// Rounded once to the compute type: float64 for float64 and complex128, float32 for all others.
+struct EpilogueParams {
+  double scale = 1;
+  double bias = 0;
+  double dropped = 0;
+};
+
+inline constexpr int64_t element_size(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kComplex128: return 16;
+    case Dtype::kComplex64:
+    case Dtype::kFloat64: return 8;
+    case Dtype::kFloat32: return 4;
+    case Dtype::kFloat16:
+    case Dtype::kBFloat16: return 2;
+    case Dtype::kBool: return 1;
+  }
+  return 0;
+}
+
+}  // namespace dropout_ext
