@@ -1,0 +1,95 @@
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_CUDA ?= torch==2.11.0
+VENV ?= .venv
+VENV_CUDA ?= .venv-cuda
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PY_CUDA := $(abspath $(VENV_CUDA))/bin/python
+# Stamps carry the torch they stand for, so that TORCH=... installs and builds anew.
+INSTALLED := $(VENV)/.installed-$(subst /,-,$(subst =,-,$(TORCH)))
+INSTALLED_CUDA := $(VENV_CUDA)/.installed-$(subst /,-,$(subst =,-,$(TORCH_CUDA)))
+BUILT := build/.built
+CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+QUICK_FLAG = $(if $(filter-out 0,$(QUICK)),--quick)
+
+export DROPOUT_EXT_WERROR ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help build test bench bench-compare stats plots demo lint format cuda-build gpu-check clean distclean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "variables: PYTHON=$(PYTHON) TORCH=$(TORCH) TORCH_CUDA=$(TORCH_CUDA) QUICK=1 ARGS='passed on'"
+
+build: $(BUILT) ## create .venv with all that is needed, build the extension in place
+
+$(INSTALLED): requirements-dev.txt requirements-test.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q "$(TORCH)" -r requirements-dev.txt
+	@rm -f $(VENV)/.installed-*; touch $@
+
+$(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+test: build ## run the tests; ARGS="-k name" narrows them
+	$(PY) -m pytest --timeout=300 $(ARGS)
+
+bench: build ## measure against nn.Dropout; QUICK=1 in under a minute
+	$(PY) -m benchmarks $(QUICK_FLAG) $(ARGS)
+
+bench-compare: build ## measure this tree against another commit: BASE=<commit>
+	@test -n "$(BASE)" || { echo "usage: make bench-compare BASE=<commit>"; exit 2; }
+	$(PY) -m benchmarks.compare $(BASE) $(QUICK_FLAG) $(ARGS)
+
+stats: build ## statistics of the masks; QUICK=1 in under a minute
+	$(PY) -m benchmarks.stats $(QUICK_FLAG) $(ARGS)
+
+plots: build ## draw the pictures from the measured CSV files
+	$(PY) -m benchmarks.plots $(ARGS)
+
+demo: build ## run the examples
+	$(PY) -m examples $(ARGS)
+
+lint: $(INSTALLED) ## ruff and clang-format, changing nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(INSTALLED) ## let ruff and clang-format rewrite the sources
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+$(INSTALLED_CUDA): requirements-test.txt tools/cuda_requirements.py
+	test -x $(PY_CUDA) || $(PYTHON) -m venv $(VENV_CUDA)
+	$(PY_CUDA) -m pip install -q packaging
+	$(PY_CUDA) -m pip install -q --no-deps "$(TORCH_CUDA)"
+	$(PY_CUDA) tools/cuda_requirements.py > $(VENV_CUDA)/requirements.txt
+	$(PY_CUDA) -m pip install -q -r $(VENV_CUDA)/requirements.txt -r requirements-test.txt
+	@rm -f $(VENV_CUDA)/.installed-*; touch $@
+
+# In a copy of the sources, where it cannot overwrite the extension that `make build` put in place.
+cuda-build: ## build, import and test the CUDA extension as far as that goes without a GPU
+	@command -v nvcc >/dev/null || test -x "$$CUDA_HOME/bin/nvcc" || \
+	  { echo "make cuda-build: nvcc was not found; install the CUDA toolkit and put nvcc on PATH or set CUDA_HOME"; exit 1; }
+	@$(MAKE) --no-print-directory $(INSTALLED_CUDA)
+	mkdir -p build/cuda && find build/cuda -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	git ls-files -co --exclude-standard -z | xargs -0 cp -a --parents -t build/cuda
+	cd build/cuda && DROPOUT_EXT_CUDA=1 $(PY_CUDA) setup.py -q build_ext --inplace
+	cd build/cuda && $(PY_CUDA) -m dropout_ext
+	cd build/cuda && $(PY_CUDA) -m pytest --timeout=300 -m "not cuda and not slow" $(ARGS)
+
+gpu-check: ## on a machine with a GPU: build, test and measure with what is installed there
+	$(PYTHON) tools/gpu_check.py $(ARGS)
+
+clean: ## remove what was built
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f dropout_ext/*.so dropout_ext/*.pyd
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the virtual environments too
+	rm -rf $(VENV) $(VENV_CUDA)
