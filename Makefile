@@ -18,7 +18,8 @@ export DROPOUT_EXT_WERROR ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build test bench bench-compare stats plots demo lint format cuda-build gpu-check clean distclean
+.PHONY: help build test bench bench-compare stats plots demo lint format cuda-build cuda-static \
+  gpu-check dist clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +83,14 @@ cuda-build: ## build, import and test the CUDA extension as far as that goes wit
 	cd build/cuda && DROPOUT_EXT_CUDA=1 $(PY_CUDA) setup.py -q build_ext --inplace
 	cd build/cuda && $(PY_CUDA) -m dropout_ext
 	cd build/cuda && $(PY_CUDA) -m pytest --timeout=300 -m "not cuda and not slow" $(ARGS)
+
+cuda-static: build ## compile the kernels for every architecture; compare their instruction counts
+	$(PY) tools/cuda_static.py --check $(ARGS)
+
+dist: build ## sdist and a wheel made from it, installed apart and checked
+	rm -rf build/dist && $(PY) -m build --no-isolation --outdir build/dist .
+	$(PY) -m pip install -q --no-deps --target build/dist/site build/dist/*.whl
+	cd build/dist/site && $(abspath $(PY)) -m dropout_ext
 
 gpu-check: ## on a machine with a GPU: build, test and measure with what is installed there
 	$(PYTHON) tools/gpu_check.py $(ARGS)
