@@ -33,8 +33,10 @@ $(INSTALLED): requirements-dev.txt requirements-test.txt
 	@rm -f $(VENV)/.installed-*; touch $@
 
 $(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
-	$(PY) setup.py -q build_ext --inplace
-	@touch $@
+	@mkdir -p build && touch build/.started  # an edit during the build is newer than the stamp
+	@echo "building the extension (log: build/build.log)"
+	@$(PY) setup.py -q build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }
+	@mv build/.started $@
 
 test: build ## run the tests; ARGS="-k name" narrows them
 	$(PY) -m pytest --timeout=300 $(ARGS)
@@ -65,6 +67,7 @@ format: $(INSTALLED) ## let ruff and clang-format rewrite the sources
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
+# pip remarks that Triton and the CUDA bindings are missing; nothing here uses them.
 $(INSTALLED_CUDA): requirements-test.txt tools/cuda_requirements.py
 	test -x $(PY_CUDA) || $(PYTHON) -m venv $(VENV_CUDA)
 	$(PY_CUDA) -m pip install -q packaging
@@ -79,8 +82,10 @@ cuda-build: ## build, import and test the CUDA extension as far as that goes wit
 	  { echo "make cuda-build: nvcc was not found; install the CUDA toolkit and put nvcc on PATH or set CUDA_HOME"; exit 1; }
 	@$(MAKE) --no-print-directory $(INSTALLED_CUDA)
 	mkdir -p build/cuda && find build/cuda -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
-	git ls-files -co --exclude-standard -z | xargs -0 cp -a --parents -t build/cuda
-	cd build/cuda && DROPOUT_EXT_CUDA=1 $(PY_CUDA) setup.py -q build_ext --inplace
+	git ls-files -co --exclude-standard -z | tar --null -T - --ignore-failed-read -cf - | tar -C build/cuda -xf -
+	@echo "building the CUDA extension (log: build/cuda-build.log)"
+	@cd build/cuda && DROPOUT_EXT_CUDA=1 $(PY_CUDA) setup.py -q build_ext --inplace \
+	  >../cuda-build.log 2>&1 || { cat ../cuda-build.log; exit 1; }
 	cd build/cuda && $(PY_CUDA) -m dropout_ext
 	cd build/cuda && $(PY_CUDA) -m pytest --timeout=300 -m "not cuda and not slow" $(ARGS)
 
