@@ -1,0 +1,260 @@
+// The Python module dropout_ext._C.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/Generator.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernel.h"
+#include "draw.h"
+#include "mask.h"
+#include "ops.h"
+
+#ifdef DROPOUT_EXT_WITH_CUDA
+#include <cuda_runtime_api.h>
+
+#include "cuda/launcher.h"
+#endif
+
+namespace py = pybind11;
+
+namespace dropout_ext {
+
+namespace {
+
+// Whether the call can go straight to the dispatcher: an ordinary tensor on a device with a kernel,
+// and nothing that traces, transforms or intercepts it.
+bool is_plain(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) return false;
+  constexpr c10::DispatchKeySet kHarmless =
+      c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView}) |
+      c10::autocast_dispatch_keyset;
+  const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
+  if (!(included - kHarmless).empty() || at::impl::PythonTorchFunctionTLS::stack_len() != 0) {
+    return false;
+  }
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  if (tensor.key_set().has_any(c10::DispatchKeySet(c10::DispatchKey::Python) |
+                               c10::DispatchKeySet(c10::DispatchKey::Functionalize) |
+                               c10::DispatchKeySet(c10::DispatchKey::FuncTorchBatched))) {
+    return false;
+  }
+#ifdef DROPOUT_EXT_WITH_CUDA
+  return tensor.is_cpu() || tensor.is_cuda();
+#else
+  return tensor.is_cpu();
+#endif
+}
+
+const char* type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
+
+const at::Tensor& unpack_tensor(PyObject* object, const char* name, const char* accepted) {
+  TORCH_CHECK_TYPE(THPVariable_Check(object), "dropout(): argument '", name, "' must be ", accepted,
+                   ", not ", type_name(object));
+  return THPVariable_Unpack(object);
+}
+
+double unpack_probability(PyObject* object) {
+  if (PyFloat_Check(object)) return PyFloat_AS_DOUBLE(object);
+  const double p = PyFloat_AsDouble(object);
+  if (p == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    TORCH_CHECK_TYPE(false, "dropout(): argument 'p' must be float, not ", type_name(object));
+  }
+  return p;
+}
+
+std::optional<at::Generator> unpack_generator(PyObject* object) {
+  if (object == Py_None) return std::nullopt;
+  TORCH_CHECK_TYPE(THPGenerator_Check(object),
+                   "dropout(): argument 'generator' must be torch.Generator, not ",
+                   type_name(object));
+  return THPGenerator_Unwrap(object);
+}
+
+std::vector<c10::SymInt> unpack_strides(PyObject* object) {
+  std::vector<c10::SymInt> strides;
+  if (object == Py_None) return strides;
+  for (const py::handle stride : py::reinterpret_borrow<py::object>(object)) {
+    strides.emplace_back(py::cast<int64_t>(stride));
+  }
+  return strides;
+}
+
+// What p = 1 passes instead of a drawn key: it keeps nothing under any key.
+at::Tensor no_key() {
+  static const at::Tensor key = at::zeros({2}, at::kUInt64);
+  return key;
+}
+
+struct Call {
+  at::Tensor input;
+  at::Tensor key;
+  double p;
+  double scale;
+  std::vector<c10::SymInt> mask_strides;
+  int64_t mask_offset = 0;
+  bool affine = false;
+  double bias = 0;
+  double dropped = 0;
+
+  void in_place() {
+    if (affine) {
+      apply_affine_(input, key, p, scale, bias, dropped, mask_strides, mask_offset);
+    } else {
+      apply_(input, key, p, scale, mask_strides, mask_offset);
+    }
+  }
+  at::Tensor run() const {
+    if (affine) {
+      return apply_affine(input, key, p, scale, bias, dropped, mask_strides, mask_offset);
+    }
+    return apply(input, key, p, scale, mask_strides, mask_offset);
+  }
+};
+
+PyDoc_STRVAR(eager_doc,
+             "eager(input, p, training, inplace, key, generator, scale=None, affine=None, "
+             "mask_strides=None, mask_offset=0)\n\n"
+             "One call of the dropout family, or NotImplemented where it is not plain: the caller "
+             "then composes it of operators that can be traced. scale: of what is kept, None for "
+             "1 / (1 - p). affine: (bias, dropped) for keep ? fma(input, scale, bias) : dropped.");
+
+// Not through pybind11's argument casters, which take longer than the rest of a small call.
+PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(n >= 6 && n <= 10, "eager() takes 6 to 10 arguments, but got ", n);
+  const auto optional = [&](Py_ssize_t at) { return n > at ? args[at] : Py_None; };
+  if (!is_plain(args[0])) {
+    unpack_tensor(args[0], "input", "Tensor");
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  Call call;
+  call.p = unpack_probability(args[1]);
+  check_probability(call.p);
+  const at::Tensor& input = THPVariable_Unpack(args[0]);
+  if (args[2] != Py_True && !PyObject_IsTrue(args[2])) return Py_NewRef(args[0]);
+  if (call.p == 0 || input.numel() == 0) return Py_NewRef(args[0]);
+  call.affine = optional(7) != Py_None;
+  check_input(input, call.affine);
+  const bool inplace = args[3] != Py_False && PyObject_IsTrue(args[3]);
+  const bool has_key = args[4] != Py_None;
+  const std::optional<at::Generator> generator = unpack_generator(args[5]);
+  TORCH_CHECK_VALUE(!(has_key && generator),
+                    "dropout(): arguments 'key' and 'generator' exclude each other: a key is "
+                    "drawn from a generator only where none is given");
+  if (has_key) {
+    call.key = unpack_tensor(args[4], "key", "a Tensor (dropout_ext.key makes one)");
+    check_key(call.key, input);
+  }
+  call.input = input;
+  call.scale =
+      optional(6) != Py_None ? unpack_probability(args[6]) : (call.p < 1 ? 1 / (1 - call.p) : 0);
+  if (call.affine) {
+    call.bias = PyFloat_AsDouble(PyTuple_GetItem(args[7], 0));
+    call.dropped = PyFloat_AsDouble(PyTuple_GetItem(args[7], 1));
+    if (PyErr_Occurred()) throw python_error();
+  }
+  if (n > 8) {
+    call.mask_strides = unpack_strides(args[8]);
+    check_mask_strides(input, static_cast<int64_t>(call.mask_strides.size()));
+  }
+  if (n > 9) call.mask_offset = py::cast<int64_t>(args[9]);
+  at::Tensor out;
+  {
+    const py::gil_scoped_release no_gil;
+    if (inplace) {
+      // Errors before the draw, so that a call that fails leaves the generator alone.
+      check_writable(call.input);
+    }
+    if (!has_key) call.key = call.p == 1 ? no_key() : draw_key(generator, input.device());
+    if (inplace) {
+      call.in_place();
+    } else {
+      out = call.run();
+    }
+  }
+  return inplace ? Py_NewRef(args[0]) : THPVariable_Wrap(std::move(out));
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef eager_method = {"eager",
+                            reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(eager)),
+                            METH_FASTCALL, eager_doc};
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = DROPOUT_EXT_VERSION;
+  info["mask_contract"] = kMaskContractVersion;
+  info["torch"] = DROPOUT_EXT_TORCH_VERSION;
+#ifdef __clang__
+  info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+  info["compiler"] = "msvc " + std::to_string(_MSC_VER);
+#endif
+#ifdef DROPOUT_EXT_WITH_CUDA
+  info["cuda"] = true;
+  info["cuda_version"] =
+      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  std::vector<std::string> archs;
+  std::string arch;
+  for (const char c : std::string(DROPOUT_EXT_CUDA_ARCHS) + ";") {
+    if (c != ';') {
+      arch += c;
+    } else if (!arch.empty()) {
+      archs.push_back(arch);
+      arch.clear();
+    }
+  }
+  info["cuda_archs"] = archs;
+#else
+  info["cuda"] = false;
+  info["cuda_version"] = py::none();
+  info["cuda_archs"] = py::list();
+#endif
+  info["cpu_variant"] = cpu::kernels().name;
+  std::vector<std::string> variants;
+  for (const cpu::Kernels* k : cpu::available_kernels()) variants.emplace_back(k->name);
+  info["cpu_variants"] = variants;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  cpu::kernels();  // An environment variable that names no variant fails here, not in a kernel.
+  PyObject* method = PyCFunction_NewEx(&eager_method, nullptr, nullptr);
+  m.add_object("eager", py::reinterpret_steal<py::object>(method));
+  m.def("build_info", build_info);
+  m.def(
+      "draw_key",
+      [](std::optional<at::Generator> generator, const at::Device& device) {
+        return draw_key(generator, device);
+      },
+      py::arg("generator"), py::arg("device"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "check_call",
+      [](const at::Tensor& input, double p, const std::optional<at::Tensor>& key, bool affine,
+         int64_t n_strides) {
+        check_probability(p);
+        check_input(input, affine);
+        if (key) check_key(*key, input);
+        check_mask_strides(input, n_strides);
+      },
+      py::arg("input"), py::arg("p"), py::arg("key"), py::arg("affine"), py::arg("n_strides"));
+  m.def("element_word", [](uint64_t seed, uint64_t offset, uint64_t index) {
+    return element_word({seed, offset}, index);
+  });
+#ifdef DROPOUT_EXT_WITH_CUDA
+  m.def("_force_cuda_geometry", cuda::force_geometry, py::arg("blocks"), py::arg("threads"),
+        py::arg("wide"));
+#endif
+}
+
+}  // namespace dropout_ext

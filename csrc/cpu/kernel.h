@@ -1,0 +1,62 @@
+// The CPU kernel: primitives over contiguous runs, compiled once per instruction set from
+// kernel_body.h. All variants give the same bits.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../epilogue.h"
+#include "../mask.h"
+
+namespace dropout_ext::cpu {
+
+// The mask of a run: element j of the run has index `index + j`.
+struct MaskRun {
+  Key key;
+  uint64_t index;
+  uint32_t threshold;
+};
+
+struct Kernels {
+  const char* name;
+
+  // out[j] = epilogue(in[j]) under the computed mask. `in` may be `out`.
+  using Run = void (*)(const void* in, void* out, int64_t n, const MaskRun& mask,
+                       const EpilogueParams& params);
+  // The same under stored keep bits: element j is bit j & 63 of bits[j >> 6].
+  using ApplyBits = void (*)(const void* in, void* out, int64_t n, const uint64_t* bits,
+                             const EpilogueParams& params);
+  struct Of {
+    Run run;
+    ApplyBits apply_bits;
+  };
+
+  Of scale[4];   // by Dtype: float64, float32, float16, bfloat16
+  Of affine[4];  // likewise
+  Of keep_mask;  // of bool; reads no input
+
+  // Keep bits of a run into (n + 63) / 64 words; bits from n on are unspecified.
+  void (*keep_bits)(uint64_t* bits, int64_t n, const MaskRun& mask);
+
+  const Of& of(Dtype dtype, Epilogue epilogue) const {
+    if (epilogue == Epilogue::kKeepMask) return keep_mask;
+    return (epilogue == Epilogue::kScale ? scale : affine)[static_cast<int>(dtype)];
+  }
+};
+
+// The best variant this CPU has, or the one that the environment variable
+// DROPOUT_EXT_CPU_VARIANT names; chosen once. Throws std::runtime_error if that one is unknown or
+// not available here.
+const Kernels& kernels();
+
+// What this CPU and this build can run, best first.
+std::vector<const Kernels*> available_kernels();
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define DROPOUT_EXT_CPU_X86 1
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace dropout_ext::cpu

@@ -1,0 +1,43 @@
+#include "kernel.h"
+
+#ifdef DROPOUT_EXT_CPU_X86
+
+#include <immintrin.h>
+
+#include <cstring>
+#include <type_traits>
+
+#include "half.h"
+#include "philox_schedule.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+// GCC 12 takes the deliberately undefined vectors of its own AVX-512 header for mistakes.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+namespace dropout_ext::cpu {
+namespace {
+namespace avx512 {
+#include "simd_avx512.h"
+//
+#include "kernel_body.h"
+}  // namespace avx512
+}  // namespace
+
+const Kernels kernels_avx512 = avx512::make_kernels("avx512");
+
+}  // namespace dropout_ext::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

@@ -1,0 +1,192 @@
+// AVX2, FMA, F16C. See kernel_body.h for what this defines.
+
+struct Keep {
+  __m256i lo, hi;  // all ones in the 32-bit lanes of kept elements
+};
+
+inline Keep keep_from_bits(uint16_t bits) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i lo = _mm256_and_si256(_mm256_set1_epi32(bits), lane);
+  const __m256i hi = _mm256_and_si256(_mm256_set1_epi32(bits >> 8), lane);
+  return {_mm256_cmpeq_epi32(lo, lane), _mm256_cmpeq_epi32(hi, lane)};
+}
+inline uint16_t keep_to_bits(Keep k) {
+  return static_cast<uint16_t>(_mm256_movemask_ps(_mm256_castsi256_ps(k.lo)) |
+                               _mm256_movemask_ps(_mm256_castsi256_ps(k.hi)) << 8);
+}
+
+// 16 lanes of 32 bits to 16 lanes of 16, by signed saturation.
+inline __m256i pack_signed(__m256i lo, __m256i hi) {
+  return _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), _MM_SHUFFLE(3, 1, 2, 0));
+}
+
+inline void store_bytes(uint8_t* out, Keep k) {
+  const __m256i half = pack_signed(k.lo, k.hi);
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_and_si128(bytes, _mm_set1_epi8(1)));
+}
+
+struct F32 {
+  __m256 lo, hi;
+};
+struct F64 {
+  __m256d v[4];
+};
+
+template <class V>
+V splat(double x);
+template <>
+inline F32 splat<F32>(double x) {
+  const __m256 v = _mm256_set1_ps(static_cast<float>(x));
+  return {v, v};
+}
+template <>
+inline F64 splat<F64>(double x) {
+  const __m256d v = _mm256_set1_pd(x);
+  return {{v, v, v, v}};
+}
+
+inline F32 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline F64 load(const double* p) {
+  return {{_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4), _mm256_loadu_pd(p + 8),
+           _mm256_loadu_pd(p + 12)}};
+}
+inline __m128i load_8x16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline F32 load(const Float16* p) {
+  return {_mm256_cvtph_ps(load_8x16(p)), _mm256_cvtph_ps(load_8x16(p + 8))};
+}
+inline F32 load(const BFloat16* p) {
+  const __m256i lo = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_8x16(p)), 16);
+  const __m256i hi = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_8x16(p + 8)), 16);
+  return {_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi)};
+}
+
+inline void store(float* p, F32 x) {
+  _mm256_storeu_ps(p, x.lo);
+  _mm256_storeu_ps(p + 8, x.hi);
+}
+inline void store(double* p, F64 x) {
+  for (int i = 0; i < 4; ++i) _mm256_storeu_pd(p + 4 * i, x.v[i]);
+}
+inline void store(Float16* p, F32 x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  __m128i* out = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(out, _mm256_cvtps_ph(x.lo, kNearest));
+  _mm_storeu_si128(out + 1, _mm256_cvtps_ph(x.hi, kNearest));
+}
+// The rounded upper halves as signed 32-bit numbers, so that the saturating pack keeps their bits.
+inline __m256i bfloat16_bits(__m256 x) {
+  const __m256i u = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7FFF)), odd);
+  const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+  const __m256i quiet = _mm256_set1_epi32(0x7FC00000);
+  return _mm256_srai_epi32(_mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(nan)), 16);
+}
+inline void store(BFloat16* p, F32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      pack_signed(bfloat16_bits(x.lo), bfloat16_bits(x.hi)));
+}
+
+inline F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline F64 mul(F64 a, F64 b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = _mm256_mul_pd(a.v[i], b.v[i]);
+  return a;
+}
+inline F32 fma(F32 a, F32 b, F32 c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline F64 fma(F64 a, F64 b, F64 c) {
+  for (int i = 0; i < 4; ++i) a.v[i] = _mm256_fmadd_pd(a.v[i], b.v[i], c.v[i]);
+  return a;
+}
+
+// The decisions of elements 4i to 4i + 3, in 64-bit lanes.
+inline __m256d keep_64(Keep k, int i) {
+  const __m256i half = i < 2 ? k.lo : k.hi;
+  const __m128i quarter = i & 1 ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
+  return _mm256_castsi256_pd(_mm256_cvtepi32_epi64(quarter));
+}
+inline F32 keep_or_zero(Keep k, F32 x) {
+  return {_mm256_and_ps(x.lo, _mm256_castsi256_ps(k.lo)),
+          _mm256_and_ps(x.hi, _mm256_castsi256_ps(k.hi))};
+}
+inline F64 keep_or_zero(Keep k, F64 x) {
+  for (int i = 0; i < 4; ++i) x.v[i] = _mm256_and_pd(x.v[i], keep_64(k, i));
+  return x;
+}
+inline F32 select(Keep k, F32 kept, F32 dropped) {
+  return {_mm256_blendv_ps(dropped.lo, kept.lo, _mm256_castsi256_ps(k.lo)),
+          _mm256_blendv_ps(dropped.hi, kept.hi, _mm256_castsi256_ps(k.hi))};
+}
+inline F64 select(Keep k, F64 kept, F64 dropped) {
+  for (int i = 0; i < 4; ++i) kept.v[i] = _mm256_blendv_pd(dropped.v[i], kept.v[i], keep_64(k, i));
+  return kept;
+}
+
+// Four blocks, one per 64-bit lane; upper halves as in simd_avx512.h.
+struct PhiloxLanes {
+  __m256i c0, c1, c2, c3;
+
+  PhiloxLanes(const PhiloxSchedule& s, __m256i block) {
+    const __m256i p1 = _mm256_mul_epu32(block, m1());
+    c0 = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), word(s.first_c0));
+    c1 = p1;
+    c2 = _mm256_xor_si256(_mm256_srli_epi64(block, 32), word(s.first_c2));
+    c3 = word(s.first_c3);
+  }
+  void round(const PhiloxSchedule& s, int r) {
+    const __m256i p0 = _mm256_mul_epu32(c0, m0());
+    const __m256i p1 = _mm256_mul_epu32(c2, m1());
+    c0 = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(c1, word(s.k0[r])));
+    c1 = p1;
+    c2 = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(c3, word(s.k1[r])));
+    c3 = p0;
+  }
+  static __m256i word(uint32_t w) { return _mm256_set1_epi32(static_cast<int>(w)); }
+  static __m256i m0() { return word(kPhiloxM0); }
+  static __m256i m1() { return word(kPhiloxM1); }
+};
+
+inline __m256i interleave_low(__m256i a, __m256i b) {
+  return _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xAA);
+}
+inline __m256i at_least(__m256i x, __m256i t) {
+  return _mm256_cmpeq_epi32(_mm256_max_epu32(x, t), x);
+}
+
+inline void keep_half_group(const PhiloxSchedule& s, uint64_t block, __m256i t, Keep* keep) {
+  // 128-bit lane L of word set k holds block 2k + L.
+  const __m256i base = _mm256_set1_epi64x(static_cast<long long>(block));
+  PhiloxLanes a(s, _mm256_add_epi64(base, _mm256_setr_epi64x(0, 4, 1, 5)));
+  PhiloxLanes b(s, _mm256_add_epi64(base, _mm256_setr_epi64x(2, 6, 3, 7)));
+#pragma GCC unroll 9
+  for (int r = 1; r < kPhiloxRounds; ++r) {
+    a.round(s, r);
+    b.round(s, r);
+  }
+  const __m256i w0 = interleave_low(a.c0, b.c0), w1 = interleave_low(a.c1, b.c1);
+  const __m256i w2 = interleave_low(a.c2, b.c2), w3 = interleave_low(a.c3, b.c3);
+  const __m256i w01lo = _mm256_unpacklo_epi32(w0, w1), w01hi = _mm256_unpackhi_epi32(w0, w1);
+  const __m256i w23lo = _mm256_unpacklo_epi32(w2, w3), w23hi = _mm256_unpackhi_epi32(w2, w3);
+  const __m256i words[4] = {
+      _mm256_unpacklo_epi64(w01lo, w23lo), _mm256_unpackhi_epi64(w01lo, w23lo),
+      _mm256_unpacklo_epi64(w01hi, w23hi), _mm256_unpackhi_epi64(w01hi, w23hi)};
+  const __m256i swap_halves = _mm256_set1_epi64x(0x0504070601000302);
+  const __m256i swap = _mm256_add_epi8(
+      swap_halves, _mm256_setr_epi64x(0, 0x0808080808080808, 0, 0x0808080808080808));
+  for (int k = 0; k < 4; ++k) {
+    const __m256i kept = at_least(words[k], t);
+    const __m256i kept_rotated = at_least(_mm256_shuffle_epi8(words[k], swap), t);
+    keep[k].lo = _mm256_permute2x128_si256(kept, kept_rotated, 0x20);
+    keep[k].hi = _mm256_permute2x128_si256(kept, kept_rotated, 0x31);
+  }
+}
+
+inline void keep_group(const PhiloxSchedule& s, uint64_t block, uint32_t threshold,
+                       Keep (&keep)[8]) {
+  const __m256i t = PhiloxLanes::word(threshold);
+  keep_half_group(s, block, t, keep);
+  keep_half_group(s, block + 8, t, keep + 4);
+}

@@ -1,0 +1,43 @@
+#include "draw.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
+
+#include <mutex>
+
+#ifdef DROPOUT_EXT_WITH_CUDA
+#include "cuda/launcher.h"
+#endif
+
+namespace dropout_ext {
+
+namespace {
+
+// The complement of what torch.randint(0, 2**63 - 1, (1,)) returns, twice: traced code draws
+// exactly that and complements it (_ops.py), so that one seed gives one mask in both.
+at::Tensor draw_cpu(const std::optional<at::Generator>& generator) {
+  auto* gen = at::get_generator_or_default<at::CPUGeneratorImpl>(
+      generator, at::detail::getDefaultCPUGenerator());
+  constexpr uint64_t kRange = (uint64_t{1} << 63) - 1;
+  at::Tensor key = at::detail::empty_cpu({2}, at::kUInt64);
+  auto* words = static_cast<uint64_t*>(key.mutable_data_ptr());
+  const std::lock_guard<std::mutex> lock(gen->mutex_);
+  words[0] = ~(gen->random64() % kRange);
+  words[1] = ~(gen->random64() % kRange);
+  return key;
+}
+
+}  // namespace
+
+at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device device) {
+  const bool cpu_generator = generator && generator->device().is_cpu();
+  TORCH_CHECK_VALUE(!generator || cpu_generator || generator->device().type() == device.type(),
+                    "dropout(): argument 'generator' is on ", generator->device(),
+                    ", but accepted are the CPU and the device of the input, ", device);
+#ifdef DROPOUT_EXT_WITH_CUDA
+  if (device.is_cuda() && !cpu_generator) return cuda::draw_key(generator, device);
+#endif
+  return draw_cpu(generator);
+}
+
+}  // namespace dropout_ext

@@ -1,0 +1,15 @@
+// Where eager calls get their keys: the generators.
+#pragma once
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace dropout_ext {
+
+// A fresh key, uint64 of shape (2,), for a tensor on `device`: from `generator`, or from the
+// device's default one. A CPU generator serves every device; any other generator only its own.
+at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device device);
+
+}  // namespace dropout_ext

@@ -1,0 +1,38 @@
+"""Dropout for PyTorch as one fused kernel: the mask is computed from a key, never stored."""
+
+import torch  # noqa: F401  (the libraries that _C links to)
+
+from . import functional
+from ._C import build_info
+from .functional import dropout, keep_mask
+from .keys import fold_in, key, split
+from .modules import (
+    AlphaDropout,
+    Dropout,
+    Dropout1d,
+    Dropout2d,
+    Dropout3d,
+    DropPath,
+    FeatureAlphaDropout,
+    LockedDropout,
+)
+
+__version__ = build_info()["version"]
+
+__all__ = [
+    "AlphaDropout",
+    "DropPath",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "FeatureAlphaDropout",
+    "LockedDropout",
+    "build_info",
+    "dropout",
+    "fold_in",
+    "functional",
+    "keep_mask",
+    "key",
+    "split",
+]
