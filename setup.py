@@ -148,17 +148,21 @@ def with_torch(torch) -> dict:
 
     class BuildExt(cpp.BuildExtension):
         def build_extensions(self):
+            (extension,) = self.extensions
             version = string_macro(self.distribution.get_version())
-            for extension in self.extensions:
-                extension.define_macros.append(("DROPOUT_EXT_VERSION", version))
-                if sys.platform == "linux":
-                    # at::parallel_for is a template around an OpenMP pragma, serial without this.
-                    extension.extra_compile_args["cxx"].append("-fopenmp")
-                    # Not when linking: GOMP_parallel comes from the OpenMP runtime that torch has
-                    # loaded, where a second one would ignore torch.set_num_threads. What clang
-                    # calls, that runtime lacks.
-                    if "clang" in run_text(*self.compiler.compiler_cxx, "--version"):
-                        extension.extra_link_args.append("-fopenmp")
+            extension.define_macros.append(("DROPOUT_EXT_VERSION", version))
+            clang = not WINDOWS and "clang" in run_text(*self.compiler.compiler_cxx, "--version")
+            if not WINDOWS and not clang:
+                # GCC 12 sees an uninitialised value in any std::optional<at::Generator>.
+                extension.extra_compile_args["cxx"].append("-Wno-maybe-uninitialized")
+            if sys.platform == "linux":
+                # at::parallel_for is a template around an OpenMP pragma, serial without this.
+                extension.extra_compile_args["cxx"].append("-fopenmp")
+                # Not when linking: GOMP_parallel comes from the OpenMP runtime that torch has
+                # loaded, where a second one would ignore torch.set_num_threads. What clang calls
+                # instead, that runtime lacks.
+                if clang:
+                    extension.extra_link_args.append("-fopenmp")
             super().build_extensions()
 
     extension = (cpp.CUDAExtension if cuda_home else cpp.CppExtension)(
