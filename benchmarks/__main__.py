@@ -1,0 +1,153 @@
+"""Time dropout_ext beside torch, check its output, train with both, and write CSV and pictures.
+
+python -m benchmarks            under five minutes on two cores
+python -m benchmarks --quick    under one (or QUICK=1)
+python -m benchmarks --gpu      only what runs on the GPU
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import record, tables
+from benchmarks.cases import ENVIRONMENTS
+
+SECTIONS = ("micro", "bars", "family", "statistics", "training", "models", "peers")
+IN_ENVIRONMENT = {
+    "default": SECTIONS,
+    "resident": ("bars", "family"),
+    "avx2": ("bars",),
+    "portable": ("bars",),
+}
+ON_GPU = ("statistics", "models", "training")
+
+
+def plan(names, gpu, gpu_only, variants):
+    """(environment, on the GPU, sections) of every worker, in order."""
+    here = [name for name in names if name in IN_ENVIRONMENT["default"]]
+    if not gpu_only:
+        for environment in ENVIRONMENTS:
+            if environment in ("avx2", "portable") and environment not in variants:
+                continue
+            sections = [name for name in names if name in IN_ENVIRONMENT[environment]]
+            if sections:
+                yield environment, False, sections
+    if gpu:
+        yield "default", True, ["gpu", *(name for name in here if name in ON_GPU)]
+
+
+def run_worker(environment, on_gpu, sections, args, progress, seconds):
+    """Rows, notes and whether all of the sections succeeded."""
+    command = [sys.executable, "-m", "benchmarks.worker", *sections]
+    command += ["--quick"] * args.quick + ["--gpu"] * on_gpu
+    env = os.environ | ENVIRONMENTS[environment] | {"BENCH_ENVIRONMENT": environment}
+    env |= {"QUICK": "1" if args.quick else "", "BENCH_SECONDS": str(seconds)}
+    where = "GPU" if on_gpu else environment
+    task = progress.add_task(where, total=None)
+    rows, notes = [], []
+    with tempfile.TemporaryFile("w+") as errors:
+        worker = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        for line in worker.stdout:
+            message = json.loads(line)
+            if "total" in message:
+                label = f"{message.get('section', '')} ({where})"
+                progress.update(task, total=message["total"], completed=0)
+                if message.get("section"):
+                    progress.update(task, description=label)
+            elif "row" in message:
+                rows.append(message["row"])
+            elif "note" in message:
+                notes.append(message["note"])
+            elif "step" in message:
+                progress.advance(task)
+        failed = worker.wait() != 0
+        errors.seek(0)
+        log = errors.read()
+    progress.remove_task(task)
+    if failed:
+        notes.append(f"{', '.join(sections)} ({where}) FAILED:\n{log[-6000:]}")
+    return rows, notes, not failed
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="under a minute (or QUICK=1)")
+    parser.add_argument("--gpu", action="store_true", help="only what runs on the GPU")
+    parser.add_argument("--only", help=f"sections, comma-separated, of {', '.join(SECTIONS)}")
+    parser.add_argument("--out", type=Path, help="folder for CSV and pictures")
+    parser.add_argument("--seconds", type=float, help="stop taking GPU figures after this long")
+    args = parser.parse_args(argv)
+    args.quick = args.quick or os.environ.get("QUICK", "0") not in ("", "0")
+    names = args.only.split(",") if args.only else SECTIONS
+    if set(names) - set(SECTIONS):
+        parser.error(f"argument --only: {args.only!r}; accepted are {', '.join(SECTIONS)}")
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    try:
+        import torch
+
+        import dropout_ext
+    except ImportError as error:
+        console.print(f"{error}; run [bold]make build[/] first")
+        return 2
+    info = dropout_ext.build_info()
+    gpu = torch.cuda.is_available() and info.get("cuda", False)
+    if args.gpu and not gpu:
+        reason = "this build has no CUDA" if torch.cuda.is_available() else "torch sees no GPU"
+        console.print(f"--gpu: not run, {reason}")
+        return 2
+    devices = {"cpu": record.cpu_name()}
+    if gpu:
+        devices["cuda"] = torch.cuda.get_device_name()
+    machine = record.slug(devices["cuda" if args.gpu else "cpu"])
+    out = args.out or record.RESULTS / (machine + "-quick" * args.quick)
+
+    began = time.monotonic()
+    budget = args.seconds or (220 if args.gpu else 100)
+    commit, rows, notes, ok = record.commit(), [], [], True
+    workers = list(plan(names, gpu, args.gpu, info.get("cpu_variants", ())))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        whole = progress.add_task("processes", total=len(workers))
+        for environment, on_gpu, sections in workers:
+            found, said, good = run_worker(environment, on_gpu, sections, args, progress, budget)
+            rows += found
+            notes += said
+            ok &= good
+            progress.advance(whole)
+            if not console.is_terminal:
+                where = "GPU" if on_gpu else environment
+                console.print(f"{', '.join(sections)} ({where}): {len(found)} figures")
+    for row in rows:
+        row |= {"device": devices[row["device"]], "commit": commit}
+
+    if rows:
+        record.write(rows, out / "bench.csv")
+        table = record.read(out / "bench.csv")
+        tables.show(table, console)
+        from benchmarks import plots
+
+        drawn = plots.draw(table, out)
+        console.print(f"{out / 'bench.csv'} and {', '.join(path.name for path in drawn)}")
+    for note in notes:
+        console.print(note, markup=False, style="yellow")
+    console.print(f"{time.monotonic() - began:.0f} s")
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

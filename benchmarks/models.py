@@ -1,0 +1,238 @@
+"""A training step of whole models: the price of turning dropout on.
+
+Three copies of a model with the same weights take turns: p = 0, torch's dropout, ours. A step is
+forward, loss, backward and an SGD update. Peak memory is what the step allocates above what was
+allocated when it began, at its highest.
+"""
+
+import contextlib
+import copy
+import gc
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.cases import P
+from benchmarks.timing import interleave, quantiles
+
+
+class Attention(nn.Module):
+    """Multi-head attention that drops from the attention weights, as GPT-2 and BERT do."""
+
+    def __init__(self, hidden, heads, p, causal):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.out = nn.Linear(hidden, hidden)
+        self.drop = nn.Dropout(p)
+
+    def forward(self, x):
+        batch, length, hidden = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        if self.causal:
+            later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
+        mixed = self.drop(scores.softmax(-1)) @ v
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, hidden))
+
+
+class Block(nn.Module):
+    """One layer: normalised before each half (GPT-2) or after it (BERT)."""
+
+    def __init__(self, hidden, heads, p, gpt):
+        super().__init__()
+        self.gpt = gpt
+        self.attention = Attention(hidden, heads, p, causal=gpt)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden, 4 * hidden), nn.GELU(), nn.Linear(4 * hidden, hidden)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(2))
+        self.drops = nn.ModuleList(nn.Dropout(p) for _ in range(2))
+
+    def forward(self, x):
+        halves = zip((self.attention, self.mlp), self.norms, self.drops, strict=True)
+        for half, norm, drop in halves:
+            x = x + drop(half(norm(x))) if self.gpt else norm(x + drop(half(x)))
+        return x
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks and a head over the vocabulary, dropout where GPT-2 and BERT have it."""
+
+    def __init__(self, vocabulary, hidden, layers, heads, length, p, gpt):
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, hidden)
+        self.positions = nn.Parameter(0.02 * torch.randn(length, hidden))
+        self.drop = nn.Dropout(p)
+        self.blocks = nn.Sequential(*(Block(hidden, heads, p, gpt) for _ in range(layers)))
+        self.norm = nn.LayerNorm(hidden)
+        self.head = nn.Linear(hidden, vocabulary, bias=False)
+
+    def forward(self, ids):
+        x = self.drop(self.tokens(ids) + self.positions)
+        return self.head(self.norm(self.blocks(x)))
+
+
+def transformer(gpt, hidden, layers, heads, batch, length, vocabulary):
+    def build(p):
+        return Transformer(vocabulary, hidden, layers, heads, length, p, gpt)
+
+    def inputs(device):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(vocabulary, (batch, length), generator=generator).to(device)
+
+    def loss(model, ids):
+        # Predict the token itself: only the work of a step matters here.
+        return F.cross_entropy(model(ids).flatten(0, 1).float(), ids.flatten())
+
+    return build, inputs, loss
+
+
+def encoder(hidden, layers, heads, batch, length):
+    def build(p):
+        layer = nn.TransformerEncoderLayer(hidden, heads, dropout=p, batch_first=True)
+        return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+    def inputs(device):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, length, hidden, generator=generator).to(device)
+
+    def loss(model, x):
+        return model(x).float().square().mean()
+
+    return build, inputs, loss
+
+
+GPT2, BERT, ENCODER = "GPT-2-like", "BERT-like", "nn.TransformerEncoder"
+
+
+def chosen(quick, device):
+    """(name, what to build, p = 0.1 over p = 0 at most) of every model."""
+    if device == "cuda":
+        gpt2 = transformer(True, 768, 12, 12, 8, 1024, 50257)
+        bert = transformer(False, 768, 12, 12, 32, 512, 30522)
+        yield f"{GPT2}, 12 x 768, batch 8 x 1024", gpt2, None
+        yield f"{BERT}, 12 x 768, batch 32 x 512", bert, None
+        return
+    yield f"{ENCODER}, 4 x 256, batch 8 x 128", encoder(256, 4, 4, 8, 128), 1.06
+    if not quick:
+        yield f"{ENCODER}, 2 x 768, batch 4 x 128", encoder(768, 2, 12, 4, 128), 1.06
+        yield f"{GPT2}, 4 x 256, batch 4 x 128", transformer(True, 256, 4, 4, 4, 128, 1000), None
+        yield f"{BERT}, 4 x 256, batch 4 x 128", transformer(False, 256, 4, 4, 4, 128, 1000), None
+
+
+def set_p(model, p):
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = p
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = p
+
+
+def variants(build, device, dtype):
+    """{name: (role, model, context)} of the three copies."""
+    import dropout_ext
+
+    torch.manual_seed(0)
+    base = build(P).to(device, dtype).train()
+    off, ours = copy.deepcopy(base), copy.deepcopy(base)
+    set_p(off, 0.0)
+    dropout_ext.convert(ours)
+    return {
+        "p = 0": ("floor", off, contextlib.nullcontext),
+        "nn.Dropout": ("torch", base, contextlib.nullcontext),
+        "dropout_ext": ("ours", ours, dropout_ext.override),
+    }
+
+
+def step_of(model, loss, inputs, context):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+
+    def step():
+        optimizer.zero_grad()
+        with context():
+            loss(model, inputs).backward()
+        optimizer.step()
+        if inputs.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def peak_bytes(model, step, device):
+    """Most bytes allocated at once during a step, above those at its start, without gradients."""
+    model.zero_grad()
+    gc.collect()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    sizes = [event.nbytes() for event in events]
+    return int(max(0, np.cumsum(sizes).max())) if sizes else 0
+
+
+def run(emit, quick, device):
+    import dropout_ext
+
+    if not (hasattr(dropout_ext, "convert") and hasattr(dropout_ext, "override")):
+        emit({"note": "models: left out, this dropout_ext has no convert and override"})
+        return
+    models = list(chosen(quick, device))
+    emit({"total": len(models)})
+    rounds = 5 if quick else 11
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for name, (build, make_inputs, loss), limit in models:
+        inputs = make_inputs(device)
+        if inputs.is_floating_point():
+            inputs = inputs.to(dtype)
+        sides = variants(build, device, dtype)
+        steps = {
+            side: step_of(model, loss, inputs, context)
+            for side, (_, model, context) in sides.items()
+        }
+        seconds = interleave(list(steps.values()), rounds)
+        by_name = dict(zip(steps, seconds.T, strict=True))
+        common = {
+            "section": "models",
+            "case": name,
+            "op": "step",
+            "dtype": str(dtype)[6:],
+            "p": P,
+            "threads": torch.get_num_threads(),
+        }
+        for side, (role, model, _) in sides.items():
+            row = common | {"side": side, "role": role}
+            share = float(np.median(by_name["p = 0"] / by_name[side]))
+            time = quantiles(by_name[side] * 1e9)
+            emit({"row": row | {"metric": "time", "unit": "ns", **time, "share_of_floor": share}})
+            # The profiler's clock puts a few events out of order, hence the median.
+            peaks = [peak_bytes(model, steps[side], device) / 2**20 for _ in range(rounds // 2)]
+            emit({"row": row | {"metric": "peak memory", "unit": "MiB", **quantiles(peaks)}})
+            if role != "floor":
+                price = quantiles(by_name[side] / by_name["p = 0"])
+                emit({"row": row | {"metric": "time over p = 0", "unit": "ratio", **price}})
+                if role == "ours" and limit:
+                    bar = {
+                        "side": "dropout_ext over p = 0",
+                        "role": "bar",
+                        "metric": "bar",
+                        "bar": f"<= {limit}",
+                        "met": price["p50"] <= limit,
+                    }
+                    emit({"row": common | {"unit": "ratio", **price} | bar})
+        emit({"step": name})
+        del sides, steps
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,268 @@
+"""Tables from the CSV: for the terminal, and for README.md by command.
+
+python -m benchmarks.tables CSV            print every table
+python -m benchmarks.tables CSV --readme   write the table between README.md's markers
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import record
+from benchmarks.cases import size
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def short(value):
+    """Three significant digits."""
+    if pd.isna(value):
+        return "-"
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        digits = f"{value:#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:.0f}"
+        return digits
+    return f"{value:.2e}"
+
+
+def spread(row, scale=1.0):
+    if row is None:
+        return "-"
+    text = short(row.p50 * scale)
+    if pd.isna(row.p20):
+        return text
+    return f"{text} ({short(row.p20 * scale)}-{short(row.p80 * scale)})"
+
+
+def one(rows, **where):
+    """The row with these values, or None."""
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    return next(rows.itertuples(), None)
+
+
+def time_of(row):
+    """Median time of one call with its unit."""
+    if row is None:
+        return "-"
+    for limit, scale, unit in ((1e3, 1, "ns"), (1e6, 1e-3, "us"), (1e9, 1e-6, "ms")):
+        if row.p50 < limit:
+            return f"{short(row.p50 * scale)} {unit}"
+    return f"{short(row.p50 * 1e-9)} s"
+
+
+def per_call(row):
+    """The same with its spread: half of p80 - p20."""
+    if row is None:
+        return "-"
+    return f"{time_of(row)} ±{(row.p80 - row.p20) / 2 / row.p50:.0%}"
+
+
+def brief(case):
+    return case.replace("forward and backward", "fwd+bwd").replace("forward", "fwd")
+
+
+def in_bytes(row):
+    return "-" if row is None else size(int(row.p50)) + "B" * (row.p50 >= 1024)
+
+
+def heading(table):
+    first = table.iloc[0]
+    devices = " and ".join(table.device.unique())
+    variant = table.loc[table.environment == "default", "cpu_variant"].dropna().unique()
+    cpu = f", CPU variant {variant[0]}" if len(variant) else ""
+    return (
+        f"{devices}; torch {first.torch}, dropout_ext {first.dropout_ext}, "
+        f"commit {first.commit}{cpu}"
+    )
+
+
+def comparison(table, section, title):
+    """nn.Dropout, ours and the floor, one case a line."""
+    rows = table[table.section == section]
+    if rows.empty:
+        return None
+    caption = (
+        "times: median ± half of p80 - p20; faster: median (p20-p80) of per-round ratios; "
+        "saved: bytes kept for backward, torch's / ours"
+    )
+    out = Table(title=title, caption=caption)
+    for column in ("case", "torch", "dropout_ext", "floor", "faster", "of floor", "saved"):
+        out.add_column(column, justify="left" if column == "case" else "right")
+    for device in rows.device.unique():
+        out.add_section()
+        for case in rows[rows.device == device].case.unique():
+            of = rows[(rows.case == case) & (rows.device == device)]
+            time = {role: one(of, metric="time", role=role) for role in ("torch", "ours", "floor")}
+            saved = {
+                role: one(of, metric="saved for backward", role=role) for role in ("torch", "ours")
+            }
+            ratio = of[of.metric.str.startswith("time over")]
+            ratio = one(ratio, role="torch")
+            share = time["ours"].share_of_floor if time["ours"] else float("nan")
+            out.add_row(
+                brief(case),
+                *(per_call(time[role]) for role in ("torch", "ours", "floor")),
+                spread(ratio),
+                "-" if pd.isna(share) else f"{share:.0%}",
+                " / ".join(in_bytes(row) for row in saved.values() if row is not None),
+            )
+    return out
+
+
+def bars(table):
+    rows = table[table.bar.notna()]
+    if rows.empty:
+        return None
+    out = Table(title="Bars")
+    for column in ("case", "figure", "median (p20-p80)", "bar", "met"):
+        out.add_column(column)
+    # What is saved does not depend on the case, if the bar is met: the worst one stands for all.
+    plain = rows.role == "bar"
+    worst = rows[~plain].sort_values("p50")
+    worst = worst.drop_duplicates(["side", "metric", "device"], keep="last")
+    for row in pd.concat([rows[plain], worst]).itertuples():
+        met = row.met in (True, "True")
+        figure = row.side if row.role == "bar" else f"{row.side}: {row.metric}, worst case"
+        colour = "green" if met else "bold red"
+        verdict = f"[{colour}]{'yes' if met else 'NO'}"
+        out.add_row(brief(row.case), figure, spread(row), row.bar, verdict)
+    return out
+
+
+def statistics(table):
+    rows = table[(table.section == "statistics") & ~table.metric.str.startswith("z of")]
+    if rows.empty:
+        return None
+    out = Table(title="Output statistics (z: distance from the expectation in deviations)")
+    for column in ("case", "expected", "nn.Dropout", "z", "dropout_ext", "z"):
+        out.add_column(column, justify="left" if column == "case" else "right")
+    for device in rows.device.unique():
+        out.add_section()
+        for case in rows[rows.device == device].case.unique():
+            of = table[(table.case == case) & (table.device == device)]
+            cells = []
+            for role in ("torch", "ours"):
+                value = of[(of.role == role) & ~of.metric.str.startswith("z of")].iloc[0]
+                z = of[(of.role == role) & of.metric.str.startswith("z of")].iloc[0]
+                cells += [f"{value.p50:.5f}", f"{z.p50:+.2f}"]
+            out.add_row(case, f"{value.expected:.5f}", *cells)
+    return out
+
+
+def listing(table, section, title):
+    """Every figure of a section: sides as columns, metrics as lines."""
+    rows = table[(table.section == section) & (table.role != "bar")]
+    if rows.empty:
+        return None
+    sides = list(rows.side.unique())
+    out = Table(title=title)
+    for column in ("case", "figure", *sides):
+        out.add_column(column, justify="left" if column in ("case", "figure") else "right")
+    for device in rows.device.unique():
+        of = rows[rows.device == device]
+        out.add_section()
+        for case in of.case.unique():
+            for metric in of[of.case == case].metric.unique():
+                cells = []
+                for side in sides:
+                    row = one(of, case=case, metric=metric, side=side)
+                    if row is None:
+                        cells.append("-")
+                    elif metric == "time":
+                        cells.append(per_call(row))
+                    else:
+                        unit = f" {row.unit}" if isinstance(row.unit, str) else ""
+                        cells.append(spread(row) + unit)
+                out.add_row(case, metric, *cells)
+    return out
+
+
+def show(table, console):
+    console.print(f"\n[bold]{heading(table)}")
+    for each in (
+        statistics(table),
+        listing(table, "training", "Training on scikit-learn's digits"),
+        listing(table, "models", "Steps of whole models"),
+        listing(table, "peers", "Other people's dropout"),
+        comparison(table, "family", "The family"),
+        listing(table, "gpu independence", "Consecutive calls in 16-bit types (independent: 0.5)"),
+        listing(table, "gpu host", "Host time per call"),
+        comparison(table, "gpu", "nn.Dropout and dropout_ext.Dropout on the GPU"),
+        comparison(table, "micro", "nn.Dropout and dropout_ext.Dropout"),
+        bars(table),
+    ):
+        if each is not None:
+            console.print(each)
+
+
+def markdown(table, source):
+    """README's table: time per element of whole calls, forward and with backward."""
+    rows = table[table.section.isin(("micro", "gpu"))]
+    lines = [
+        "| | elements | `nn.Dropout` | `dropout_ext.Dropout` | faster | share of floor | saved for backward |",  # noqa: E501
+        "|---|---|---|---|---|---|---|",
+    ]
+    for device in rows.device.unique():
+        of = rows[(rows.device == device) & (rows.threads.fillna(1) == 1)]
+        for dtype in ("float32", "bfloat16"):
+            for op in ("forward", "forward and backward"):
+                for n in sorted(of.elements.unique()):
+                    case = of[(of.dtype == dtype) & (of.op == op) & (of.elements == n)]
+                    theirs = one(case, metric="time", role="torch")
+                    ours = one(case, metric="time", role="ours")
+                    if theirs is None or ours is None or n not in README_SIZES:
+                        continue
+                    ratio = one(case[case.metric.str.startswith("time over")], role="torch")
+                    saved = case[case.metric == "saved for backward"]
+                    saved = [one(saved, role=role) for role in ("torch", "ours")]
+                    kept = " / ".join(in_bytes(row) for row in saved) if saved[0] else ""
+                    share = "" if pd.isna(ours.share_of_floor) else f"{ours.share_of_floor:.0%}"
+                    lines.append(
+                        f"| {op}, {dtype} | {size(int(n))} | {time_of(theirs)} | {time_of(ours)} "
+                        f"| {ratio.p50:.3g}x | {share} | {kept} |"
+                    )
+    where = source.relative_to(record.ROOT) if source.is_relative_to(record.ROOT) else source.name
+    threads = "one thread on the CPU, " if (rows.section == "micro").any() else ""
+    lines += [
+        "",
+        f"{heading(table)}. Time of one call at p = {rows.p.iloc[0]:g}, {threads}medians of one "
+        f"interleaved run; the floor is `torch.mul(x, c)` on the CPU and `y.copy_(x)` on a GPU. "
+        f"Source: `{where}`.",
+    ]
+    return "\n".join(lines)
+
+
+README_SIZES = (1024, 2**16, 2**20, 2**24, 2**26)
+
+
+def write_readme(table, source, path):
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{path} must hold the markers {BEGIN} and {END} once each")
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    path.write_text(f"{head}{BEGIN}\n{markdown(table, source)}\n{END}{tail}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tables", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("csv", type=Path, nargs="?", help="default: this machine's full run")
+    parser.add_argument("--readme", nargs="?", type=Path, const=record.ROOT / "README.md",
+                        help="write the table into this file")  # fmt: skip
+    args = parser.parse_args(argv)
+    source = (args.csv or record.RESULTS / record.slug(record.cpu_name()) / "bench.csv").resolve()
+    table = record.read(source)
+    if args.readme:
+        write_readme(table, source, args.readme)
+    else:
+        show(table, Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
