@@ -1,0 +1,31 @@
+// Where CUDA tensors enter the kernels: device guard, current stream and generator. Only a build
+// with CUDA has it (DROPOUT_EXT_WITH_CUDA).
+#pragma once
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "../apply_args.h"
+
+namespace dropout_ext::cuda {
+
+// Runs one call on `device`'s current stream; one launch, no synchronisation. `key` is contiguous,
+// int64 or uint64, on the CPU or on `device`: shape (2,), or (args.slices, 2). A CPU key travels as
+// launch arguments, so under graph capture it is a constant of the graph.
+void apply(const ApplyArgs& args, const at::Tensor& key, c10::Device device);
+
+// Draws a key, uint64 of shape (2,), from `generator` (of `device`; its default one if none) and
+// advances its Philox offset by 4. The key is on the CPU; under graph capture it is on the device
+// and every replay writes a fresh one.
+at::Tensor draw_key(const std::optional<at::Generator>& generator, c10::Device device);
+
+// For tests, which bind it as _C._force_cuda_geometry: launch geometry changes no bits. 0 and false
+// leave the choice to the launcher; `threads` is a multiple of 32; `wide` forces 64-bit arithmetic
+// on positions.
+void force_geometry(int64_t blocks, int64_t threads, bool wide);
+
+}  // namespace dropout_ext::cuda
