@@ -6,6 +6,7 @@ Environment:
   DROPOUT_EXT_WERROR    1 makes warnings in our sources errors
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from setuptools import __version__ as setuptools_version
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
@@ -197,6 +199,14 @@ def without_torch() -> dict:
         "install_requires": [TORCH_RANGE],
     }
 
+
+makes_wheel = {"dist_info", "bdist_wheel"} & set(sys.argv)
+needs_package = tuple(map(int, setuptools_version.split(".")[:2])) < (70, 1)
+if makes_wheel and needs_package and importlib.util.find_spec("wheel") is None:
+    sys.exit(
+        f"setuptools {setuptools_version} cannot make a wheel without the package `wheel`: "
+        "run `pip install --upgrade 'setuptools>=70.1,<82'` first"
+    )
 
 try:
     import torch
