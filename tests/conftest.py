@@ -1,0 +1,25 @@
+import pytest
+import torch
+from helpers import make_key
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def key():
+    return make_key()
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the test's end restores it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

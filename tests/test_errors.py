@@ -1,0 +1,250 @@
+"""Bad input: the exception's type, and that its message names the argument, the value and what is
+accepted."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import make_key
+
+import dropout_ext
+from dropout_ext import functional
+
+X = torch.ones(4, 6)
+KEY = make_key()
+ops = torch.ops.dropout_ext
+
+FUNCTIONS = {
+    "dropout": functional.dropout,
+    "dropout, shared": lambda x, p=0.5, training=True, **kw: functional.dropout(
+        x, p, training, broadcast_dims=(0,), **kw
+    ),
+    "dropout1d": functional.dropout1d,
+    "alpha_dropout": lambda x, p=0.5, training=True, **kw: functional.alpha_dropout(
+        x, p, training, **kw
+    ),
+    "feature_alpha_dropout": lambda x, p=0.5, training=True, **kw: functional.feature_alpha_dropout(
+        x, p, training, **kw
+    ),
+    "drop_path": lambda x, p=0.5, training=True, **kw: functional.drop_path(x, p, training, **kw),
+    "locked_dropout": lambda x, p=0.5, training=True, **kw: functional.locked_dropout(
+        x, p, 1, training, **kw
+    ),
+}
+each_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+
+
+def check(exception, parts, call):
+    """Raises exactly that, says all of `parts`, and leaves the generator alone."""
+    state = torch.get_rng_state()
+    with pytest.raises(exception) as info:
+        call()
+    assert info.type is exception
+    for part in parts:
+        assert part in str(info.value)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@each_function
+@pytest.mark.parametrize("p", [-0.1, 1.1, -math.inf, math.inf, math.nan, 2])
+def test_probability_outside(function, p):
+    check(
+        ValueError,
+        ["dropout probability has to be between 0 and 1, but got"],
+        lambda: function(X, p),
+    )
+    with pytest.raises(ValueError):
+        function(X, p, False)
+
+
+def test_probability_is_worded_as_in_torch():
+    for p in (-0.1, 1.5):
+        with pytest.raises(ValueError) as expected:
+            F.dropout(X, p)
+        check(ValueError, [str(expected.value)], lambda p=p: dropout_ext.dropout(X, p))
+
+
+@each_function
+@pytest.mark.parametrize("p", ["0.5", None, [0.5], 1j])
+def test_probability_of_wrong_type(function, p):
+    check(TypeError, ["'p'", type(p).__name__], lambda: function(X, p))
+
+
+@each_function
+@pytest.mark.parametrize("x", [[1.0, 2.0], 3.0, None, "x"])
+def test_input_is_no_tensor(function, x):
+    check(TypeError, ["input", type(x).__name__, "Tensor"], lambda: function(x))
+
+
+DTYPES = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@each_function
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_input_of_wrong_dtype(function, dtype, inplace):
+    x = torch.ones(4, 6).to(dtype)
+    parts = ["'input'", str(dtype), "float32", "bfloat16"]
+    check(TypeError, parts, lambda: function(x, inplace=inplace))
+
+
+@each_function
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_dtype_passes_where_nothing_is_dropped(function, dtype):
+    x = torch.ones(4, 6).to(dtype)
+    assert function(x, 0.0) is x
+    assert function(x, 0.5, False) is x
+
+
+def test_alpha_takes_no_complex():
+    for function in (functional.alpha_dropout, functional.feature_alpha_dropout):
+        check(
+            TypeError,
+            ["'input'", "complex64", "float32"],
+            lambda f=function: f(X.cfloat(), 0.5, True),
+        )
+
+
+def test_quantized_and_sparse_input():
+    quantized = torch.quantize_per_tensor(X, 0.1, 0, torch.quint8)
+    check(TypeError, ["'input'", "quint8", "float32"], lambda: dropout_ext.dropout(quantized))
+    check(TypeError, ["'input'", "strided"], lambda: dropout_ext.dropout(X.to_sparse()))
+
+
+@each_function
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 2), (4, 3), (1, 4, 2), (0,)])
+def test_key_of_wrong_shape(function, shape):
+    key = torch.zeros(shape, dtype=torch.int64)
+    check(ValueError, ["'key'", str(list(shape)), "(2,)", "(4, 2)"], lambda: function(X, key=key))
+
+
+def test_key_per_slice_of_a_scalar():
+    key = torch.zeros((1, 2), dtype=torch.int64)
+    check(ValueError, ["'key'", "(2,)"], lambda: dropout_ext.dropout(torch.ones(()), key=key))
+
+
+@each_function
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bool, torch.uint32])
+def test_key_of_wrong_dtype(function, dtype):
+    key = torch.zeros(2).to(dtype)
+    check(TypeError, ["'key'", str(dtype), "uint64"], lambda: function(X, key=key))
+
+
+@each_function
+@pytest.mark.parametrize("key", [5, (1, 2), "key"])
+def test_key_is_no_tensor(function, key):
+    check(TypeError, ["'key'", type(key).__name__, "ensor"], lambda: function(X, key=key))
+
+
+@each_function
+def test_key_on_another_device(function):
+    check(ValueError, ["'key'", "meta", "cpu"], lambda: function(X, key=KEY.to("meta")))
+
+
+@each_function
+def test_key_and_generator(function):
+    generator = torch.Generator()
+    state = generator.get_state()
+    check(ValueError, ["'key'", "'generator'"], lambda: function(X, key=KEY, generator=generator))
+    assert torch.equal(generator.get_state(), state)
+
+
+@each_function
+@pytest.mark.parametrize("generator", [5, "cpu"])
+def test_generator_of_wrong_type(function, generator):
+    check(
+        TypeError,
+        ["'generator'", type(generator).__name__],
+        lambda: function(X, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("dims", [(2,), (-3,), (0, 5)])
+def test_broadcast_dims_out_of_range(dims):
+    def calls():
+        yield lambda: dropout_ext.dropout(X, broadcast_dims=dims)
+        yield lambda: dropout_ext.keep_mask((4, 6), 0.5, KEY, broadcast_dims=dims)
+        yield lambda: dropout_ext.Dropout(broadcast_dims=dims)(X)
+
+    for call in calls():
+        check(IndexError, ["'broadcast_dims'", str(dims[-1]), "-2", "1"], call)
+
+
+def test_locked_dim_out_of_range():
+    check(IndexError, ["'dim'", "2", "-2", "1"], lambda: functional.locked_dropout(X, 0.5, 2))
+
+
+def test_mask_strides_of_wrong_length():
+    parts = ["'mask_strides'", "1", "2"]
+    check(ValueError, parts, lambda: dropout_ext.dropout(X, mask_strides=(1,)))
+    check(ValueError, parts, lambda: dropout_ext.keep_mask((4, 6), 0.5, KEY, mask_strides=(1,)))
+    check(ValueError, parts, lambda: ops.apply(X, KEY, 0.5, 2.0, [1], 0))
+    check(ValueError, parts, lambda: ops.keep_mask(KEY, 0.5, [4, 6], [1], 0))
+
+
+def test_mask_strides_and_broadcast_dims():
+    parts = ["'mask_strides'", "'broadcast_dims'"]
+    check(
+        ValueError, parts, lambda: dropout_ext.dropout(X, mask_strides=(6, 1), broadcast_dims=(0,))
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exception", "parts"),
+    [
+        (((3,), 1.5, KEY), ValueError, ["between 0 and 1, but got 1.5"]),
+        (((3,), math.nan, KEY), ValueError, ["between 0 and 1, but got nan"]),
+        (((3,), "0.5", KEY), TypeError, ["'p'", "str"]),
+        (((3,), 0.5, 7), TypeError, ["'key'", "int"]),
+        (((3,), 0.5, KEY.float()), TypeError, ["'key'", "float32", "uint64"]),
+        (((3,), 0.5, torch.zeros(3, dtype=torch.int64)), ValueError, ["'key'", "3", "(2,)"]),
+        (((3,), 0.5, torch.zeros((2, 2), dtype=torch.int64)), ValueError, ["'key'", "(3, 2)"]),
+    ],
+)
+def test_keep_mask(arguments, exception, parts):
+    check(exception, parts, lambda: dropout_ext.keep_mask(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "parts"),
+    [
+        (lambda: dropout_ext.key(-1), ValueError, ["'seed'", "-1", "2**64"]),
+        (lambda: dropout_ext.key(2**64), ValueError, ["'seed'", str(2**64)]),
+        (lambda: dropout_ext.key(0, -1), ValueError, ["'offset'", "-1"]),
+        (lambda: dropout_ext.key(0.5), TypeError, ["'seed'", "float", "int"]),
+        (lambda: dropout_ext.key(0, "1"), TypeError, ["'offset'", "str"]),
+        (lambda: dropout_ext.fold_in(5, 0), TypeError, ["'key'", "int"]),
+        (lambda: dropout_ext.fold_in(KEY.float(), 0), TypeError, ["'key'", "float32", "uint64"]),
+        (lambda: dropout_ext.fold_in(KEY[:1], 0), ValueError, ["'key'", "1", "(2,)"]),
+        (lambda: dropout_ext.fold_in(KEY, 0.5), TypeError, ["'n'", "float"]),
+        (lambda: dropout_ext.fold_in(KEY, -1), ValueError, ["'n'", "-1"]),
+        (lambda: dropout_ext.split(KEY, -1), ValueError, ["'n'", "-1"]),
+        (lambda: dropout_ext.split(KEY, 1.5), TypeError, ["'n'", "float"]),
+        (lambda: dropout_ext.split(KEY[:1], 2), ValueError, ["'key'", "1", "(2,)"]),
+    ],
+)
+def test_keys(call, exception, parts):
+    check(exception, parts, call)
+
+
+@pytest.mark.parametrize("p", [-0.1, math.nan])
+def test_operators_check_too(p):
+    check(ValueError, ["between 0 and 1"], lambda: ops.apply(X, KEY, p, 2.0, [], 0))
+    check(ValueError, ["between 0 and 1"], lambda: ops.keep_mask(KEY, p, [4], [], 0))
+    check(TypeError, ["'input'", "int64"], lambda: ops.apply(X.long(), KEY, 0.5, 2.0, [], 0))
+    check(TypeError, ["'key'"], lambda: ops.apply_(X.clone(), X[0, :2], 0.5, 2.0, [], 0))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checks the build, not the device")
+def test_cuda_tensor_without_cuda_build():
+    if dropout_ext.build_info()["cuda"]:
+        pytest.skip("built with CUDA")
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(4, device="cuda")
+    with pytest.raises((RuntimeError, ValueError), match="DROPOUT_EXT_CUDA"):
+        torch.ops.dropout_ext.apply.default.redispatch(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), x, KEY, 0.5, 2.0, [1], 0
+        )
