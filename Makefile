@@ -81,13 +81,13 @@ cuda-build: ## build, import and test the CUDA extension as far as that goes wit
 	@command -v nvcc >/dev/null || test -x "$$CUDA_HOME/bin/nvcc" || \
 	  { echo "make cuda-build: nvcc was not found; install the CUDA toolkit and put nvcc on PATH or set CUDA_HOME"; exit 1; }
 	@$(MAKE) --no-print-directory $(INSTALLED_CUDA)
-	mkdir -p build/cuda && find build/cuda -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
-	git ls-files -co --exclude-standard -z | tar --null -T - --ignore-failed-read -cf - | tar -C build/cuda -xf -
+	mkdir -p build/with-cuda && find build/with-cuda -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	git ls-files -co --exclude-standard -z | tar --null -T - --ignore-failed-read -cf - | tar -C build/with-cuda -xf -
 	@echo "building the CUDA extension (log: build/cuda-build.log)"
-	@cd build/cuda && DROPOUT_EXT_CUDA=1 $(PY_CUDA) setup.py -q build_ext --inplace \
+	@cd build/with-cuda && DROPOUT_EXT_CUDA=1 $(PY_CUDA) setup.py -q build_ext --inplace \
 	  >../cuda-build.log 2>&1 || { cat ../cuda-build.log; exit 1; }
-	cd build/cuda && $(PY_CUDA) -m dropout_ext
-	cd build/cuda && $(PY_CUDA) -m pytest --timeout=300 -m "not cuda and not slow" $(ARGS)
+	cd build/with-cuda && $(PY_CUDA) -m dropout_ext
+	cd build/with-cuda && $(PY_CUDA) -m pytest --timeout=300 -m "not cuda and not slow" $(ARGS)
 
 cuda-static: build ## compile the kernels for every architecture; compare their instruction counts
 	$(PY) tools/cuda_static.py --check $(ARGS)
