@@ -137,6 +137,12 @@ def test_nothing_is_kept_at_one(key):
     assert reference.keep_mask(key, 0.0, (1000,)).all()
 
 
+def test_a_word_equal_to_the_threshold_is_kept(key):
+    for i, word in enumerate(reference.words(key, torch.arange(16)).tolist()):
+        assert reference.keep_mask(key, word / 2**32, (16,))[i]
+        assert not reference.keep_mask(key, (word + 1) / 2**32, (16,))[i]
+
+
 def rounded_fma(x, y, z, dtype):
     """x * y + z in exact arithmetic, rounded once to nearest even."""
     exact = Fraction(x) * Fraction(y) + Fraction(z)

@@ -64,6 +64,15 @@ def test_keep_mask(shape, p, key):
     assert_same_bits(ops.keep_mask(key, p, shape, [], 0), expected)
 
 
+def test_a_word_equal_to_the_threshold_is_kept(key):
+    x = torch.ones(300)
+    for i, word in enumerate(reference.words(key, torch.arange(300)).tolist()):
+        for threshold, kept in ((word, True), (word + 1, False)):
+            p = threshold / 2**32
+            assert dropout_ext.keep_mask((300,), p, key)[i] == kept
+            assert (ops.apply(x, key, p, 1.0, [], 0)[i] != 0) == kept
+
+
 @pytest.mark.parametrize("n", [*range(20), 127, 128, 129, 255, 257, 1000])
 @pytest.mark.parametrize("offset", [0, 1, 3, 7])
 def test_misaligned_memory(n, offset, key):

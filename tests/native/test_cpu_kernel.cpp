@@ -552,6 +552,11 @@ void check_runs(const Kernels& kernels) {
   // The smallest and the largest threshold that a kernel sees.
   masks.emplace_back(Key{42, 0}, 0, 0.0, n);
   masks.emplace_back(Key{42, 0}, 0, 1 - 0x1p-32, n);
+  // Thresholds that a word equals, in a lower and an upper lane: kept.
+  for (const uint64_t index : {17, 21}) {
+    const double p = element_word(Key{42, 0}, index) * 0x1p-32;
+    masks.emplace_back(Key{42, 0}, 0, p, n);
+  }
   const Mask long_mask(Key{3, 4}, (uint64_t{1} << 32) - 1000, 0.3, kLongRun);
 
   check_dtype<Double>(kernels, masks, long_mask);
