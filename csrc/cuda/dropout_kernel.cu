@@ -41,9 +41,11 @@ struct Complex {  // aligned as its parts: views of real tensors need no more
   Real real, imag;
 };
 
-#if defined(__CUDACC__)
 __device__ __forceinline__ float to_float(Float16 x) {
   return __half2float(__ushort_as_half(x.bits));
+}
+__device__ __forceinline__ float to_float(BFloat16 x) {
+  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
 }
 __device__ __forceinline__ Float16 to_float16(float x) {
   return {__half_as_ushort(__float2half_rn(x))};
@@ -59,10 +61,6 @@ __device__ __forceinline__ uint32_t pack(Float16, float x0, float x1) {
 __device__ __forceinline__ uint32_t pack(BFloat16, float x0, float x1) {
   const __nv_bfloat162 packed = __floats2bfloat162_rn(x0, x1);
   return *reinterpret_cast<const uint32_t*>(&packed);
-}
-#endif
-__device__ __forceinline__ float to_float(BFloat16 x) {
-  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
 }
 
 // keep ? fma(x, scale, bias) : dropped. A bias of -0 makes it a plain multiply, signed zeros and
@@ -90,6 +88,13 @@ struct Affine {
     return to_bfloat16(apply(to_float(x), keep));
   }
 };
+
+// The warp's number in its thread block: a broadcast, so that the compiler knows what follows from
+// it to be the same in every lane, keeps it in uniform registers, and sees that the lanes that meet
+// in a shuffle have not diverged.
+__device__ __forceinline__ uint32_t warp_of_block() {
+  return __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
+}
 
 // What the kernels know of each dtype. kUnroll: groups of blocks per lane in a flat tile, for four
 // independent 16-byte loads in flight (complex128 has eight in one group).
@@ -288,16 +293,13 @@ struct FlatTile {
 };
 
 template <typename T, bool kVector>
-__global__ void __launch_bounds__(kMaxThreads, 3)
+__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 16 ? 2 : 3)
     flat_kernel(const __grid_constant__ FlatParams<T> p) {
   using Tile = FlatTile<T, kVector>;
   const auto affine = p.common.affine;
   const uint32_t threshold = p.common.threshold;
   const int64_t step = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp) * Tile::kSize;
-  // A broadcast, so that the compiler knows the tile to be the warp's: it computes what depends on
-  // it alone in uniform registers.
-  const uint32_t warp_of_block = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp_of_block;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp_of_block();
   for (int64_t slice = blockIdx.y; slice < p.common.slices; slice += gridDim.y) {
     const Key key = p.common.keys.of(slice);
     const uint64_t index = p.common.mask_offset + slice * p.common.slice_mask_stride;
@@ -383,18 +385,18 @@ struct RowsParams {
 // A thread owns eight elements of a row: a block of the element index, or, where the row shares one
 // decision, eight that begin at a chunk of the output's memory.
 template <typename T, bool kVector, typename Index>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     rows_kernel(const __grid_constant__ RowsParams<T> p) {
   constexpr int kFull = 16 / static_cast<int>(sizeof(T));
   constexpr int V = kVector ? (kFull < kBlock ? kFull : kBlock) : 1;
   constexpr int kChunks = kBlock / V;
   const int lane = threadIdx.x % kWarp;
   const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
+  const uint64_t start = static_cast<uint64_t>(blockIdx.x) * blockDim.x + warp_of_block() * kWarp;
   for (int64_t slice = blockIdx.y; slice < p.common.slices; slice += gridDim.y) {
     const Key key = p.common.keys.of(slice);
     // Whole warps go round, because the shuffles need every lane.
-    for (uint64_t base = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x - lane;
-         base < p.items; base += step) {
+    for (uint64_t base = start; base < p.items; base += step) {
       const uint64_t item = base + lane;
       Position at{slice * p.common.slice_in_stride, slice * p.common.slice_out_stride,
                   p.common.mask_offset + slice * p.common.slice_mask_stride};
@@ -416,10 +418,12 @@ __global__ void __launch_bounds__(kMaxThreads)
         if (low < high) bits = ((0xffu >> (kBlock - high)) & (0xffu << low)) << kBlock;
         at.in += begin * p.in_stride;
         at.out += begin * p.out_stride;
-        if (p.one_decision) {
-          if (element_word(key, at.index) >= p.common.threshold) bits |= 0xff;
-        } else {
-          bits |= keep_bits(block_words(key, (at.index + begin) / kBlock), p.common.threshold);
+        const uint64_t index = p.one_decision ? at.index : at.index + begin;
+        const uint32_t keep = keep_bits(block_words(key, index / kBlock), p.common.threshold);
+        if (!p.one_decision) {
+          bits |= keep;
+        } else if (keep >> (index % kBlock) & 1) {
+          bits |= 0xff;
         }
       }
       Chunk<T, V, kVector> x[kChunks];
@@ -484,7 +488,7 @@ struct StridedParams {
 };
 
 template <typename T, typename Index>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     strided_kernel(const __grid_constant__ StridedParams<T> p) {
   const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
   for (int64_t slice = blockIdx.y; slice < p.common.slices; slice += gridDim.y) {
@@ -607,7 +611,8 @@ template <typename T>
 Common<T> common(const ApplyArgs& args, const KeySource& keys) {
   using Real = typename Traits<T>::Real;
   const bool affine = args.epilogue == Epilogue::kAffine;
-  return {static_cast<const T*>(args.in),
+  // A keep mask has no input; no address is formed from null all the same.
+  return {static_cast<const T*>(Traits<T>::kReadsInput ? args.in : args.out),
           static_cast<T*>(args.out),
           {keys},
           args.map.mask_offset,
