@@ -1,0 +1,1 @@
+"""Statistics of the keep masks and of the words below them: `python -m benchmarks.stats`."""
