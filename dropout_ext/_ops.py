@@ -188,6 +188,11 @@ _library.define("seal_key(Tensor words) -> Tensor", tags=[torch.Tag.pt2_complian
 _library.impl("seal_key", _seal_key, "CompositeImplicitAutograd")
 
 
+@torch.library.register_vmap("dropout_ext::seal_key")
+def _(info, in_dims, words):
+    return ops.seal_key(words), in_dims[0]
+
+
 def is_traced(input: Tensor) -> bool:
     """Whether a key must come from operators that a compiler or a transform can see.
 

@@ -62,29 +62,22 @@ def dropout(
         dimension, None for row-major. A shard takes the whole tensor's strides and the index of its
         first element, and gets the whole tensor's mask there.
     """
-    if broadcast_dims is None and mask_strides is None and mask_offset == 0:
-        if not is_dynamo_compiling():
-            out = _C.eager(input, p, training, inplace, key, generator)
-            if out is not NotImplemented:
-                return out
-        strides = None
-    else:
-        _check_tensor(input)
-        strides = _mask_strides(input.shape, broadcast_dims, mask_strides)
+    if (
+        broadcast_dims is None
+        and mask_strides is None
+        and mask_offset == 0
+        and not is_dynamo_compiling()
+    ):
+        out = _C.eager(input, p, training, inplace, key, generator)
+        if out is not NotImplemented:
+            return out
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            dropout,
-            (input,),
-            input,
-            p=p,
-            training=training,
-            inplace=inplace,
-            key=key,
-            generator=generator,
-            broadcast_dims=broadcast_dims,
-            mask_strides=mask_strides,
-            mask_offset=mask_offset,
-        )
+        return _overridden(
+            dropout, input, p=p, training=training, inplace=inplace, key=key, generator=generator,
+            broadcast_dims=broadcast_dims, mask_strides=mask_strides, mask_offset=mask_offset,
+        )  # fmt: skip
+    _check_tensor(input)
+    strides = _mask_strides(input.shape, broadcast_dims, mask_strides)
     return _run(input, p, training, inplace, key, generator, None, None, strides, mask_offset)
 
 
@@ -99,8 +92,8 @@ def dropout1d(
 ) -> Tensor:
     """`torch.nn.functional.dropout1d`: drops whole channels of (N, C, L) or (C, L)."""
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            dropout1d, (input,), input, p=p, training=training, inplace=inplace, key=key,
+        return _overridden(
+            dropout1d, input, p=p, training=training, inplace=inplace, key=key,
             generator=generator,
         )  # fmt: skip
     _check_tensor(input)
@@ -129,8 +122,8 @@ def dropout2d(
     As there, a 3-D input is taken as (N, C, L), with a warning.
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            dropout2d, (input,), input, p=p, training=training, inplace=inplace, key=key,
+        return _overridden(
+            dropout2d, input, p=p, training=training, inplace=inplace, key=key,
             generator=generator,
         )  # fmt: skip
     _check_tensor(input)
@@ -160,8 +153,8 @@ def dropout3d(
 ) -> Tensor:
     """`torch.nn.functional.dropout3d`: drops whole channels of (N, C, D, H, W) or (C, D, H, W)."""
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            dropout3d, (input,), input, p=p, training=training, inplace=inplace, key=key,
+        return _overridden(
+            dropout3d, input, p=p, training=training, inplace=inplace, key=key,
             generator=generator,
         )  # fmt: skip
     _check_tensor(input)
@@ -184,8 +177,8 @@ def alpha_dropout(
     mean and unit variance (Klambauer et al., "Self-normalizing neural networks", section 3).
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            alpha_dropout, (input,), input, p=p, training=training, inplace=inplace, key=key,
+        return _overridden(
+            alpha_dropout, input, p=p, training=training, inplace=inplace, key=key,
             generator=generator,
         )  # fmt: skip
     _check_tensor(input)
@@ -205,8 +198,8 @@ def feature_alpha_dropout(
 ) -> Tensor:
     """`torch.nn.functional.feature_alpha_dropout`: `alpha_dropout` of whole channels."""
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            feature_alpha_dropout, (input,), input, p=p, training=training, inplace=inplace,
+        return _overridden(
+            feature_alpha_dropout, input, p=p, training=training, inplace=inplace,
             key=key, generator=generator,
         )  # fmt: skip
     _check_tensor(input)
@@ -232,8 +225,8 @@ def drop_path(
     Huang, Sun, Liu, Sedra, Weinberger, "Deep networks with stochastic depth", ECCV 2016.
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            drop_path, (input,), input, drop_prob=drop_prob, training=training,
+        return _overridden(
+            drop_path, input, drop_prob=drop_prob, training=training,
             scale_by_keep=scale_by_keep, inplace=inplace, key=key, generator=generator,
         )  # fmt: skip
     _check_tensor(input)
@@ -261,8 +254,8 @@ def locked_dropout(
     NeurIPS 2016.
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            locked_dropout, (input,), input, p=p, dim=dim, training=training, inplace=inplace,
+        return _overridden(
+            locked_dropout, input, p=p, dim=dim, training=training, inplace=inplace,
             key=key, generator=generator,
         )  # fmt: skip
     _check_tensor(input)
@@ -297,6 +290,18 @@ def keep_mask(
     if device is not None:
         device = torch.device(device)
     return _ops.ops.keep_mask(key, p, shape, strides, _wrap(mask_offset), device=device)
+
+
+def _overridden(function, input, **kwargs):
+    """The call as the `__torch_function__` of `input` has it."""
+    if isinstance(input, torch.fx.Proxy) and input.tracer.module_stack:
+        # A module of ours is a leaf of torch.fx.symbolic_trace, as those of torch.nn are, so that
+        # train() and eval() still reach it.
+        path, kind = next(reversed(input.tracer.module_stack.values()))
+        if getattr(kind, "__module__", None) == f"{__package__}.modules":
+            key = {} if kwargs["key"] is None else {"key": kwargs["key"]}
+            return input.tracer.create_proxy("call_module", path, (input,), key)
+    return handle_torch_function(function, (input,), input, **kwargs)
 
 
 def _check_tensor(input: Tensor) -> None:
@@ -395,11 +400,11 @@ def _run(
         if out is not NotImplemented:
             return out
     _check_probability(p)
-    if (
-        not training
-        or p == 0
-        or torch.fx.experimental.symbolic_shapes.statically_known_true(input.numel() == 0)
-    ):
+    if not training or p == 0:
+        return input
+    if input.is_nested:
+        return _nested(input, p, inplace, key, generator, scale, affine, mask_strides, mask_offset)
+    if _is_empty(input):
         return input
     if key is not None and generator is not None:
         raise ValueError(
@@ -428,3 +433,43 @@ def _run(
         return input.copy_(op(input, key, *numbers, strides, mask_offset))
     op_(input, key, *numbers, strides, mask_offset)
     return input
+
+
+def _is_empty(input: Tensor) -> bool:
+    numel = input.numel()
+    if not is_dynamo_compiling() and type(numel) is int:
+        return numel == 0
+    if isinstance(numel, Tensor):
+        return False  # torch.jit.trace; the operators take empty tensors as well
+    # Here, because it loads sympy, half a second.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(numel == 0)
+
+
+def _nested(input, p, inplace, key, generator, scale, affine, mask_strides, mask_offset) -> Tensor:
+    """A jagged tensor: the mask runs over its values, (sum of lengths, ...)."""
+    if input.layout != torch.jagged:
+        raise TypeError(
+            f"dropout(): argument 'input' is a nested tensor of layout {input.layout}, but "
+            "accepted are those of layout torch.jagged"
+        )
+    if mask_strides is not None:
+        raise ValueError(
+            "dropout(): argument 'input' is a nested tensor: no dimension can share decisions and "
+            "no mask_strides apply; apply the function to input.values(), or to "
+            "input.to_padded_tensor(0)"
+        )
+    values = _run(
+        input.values(), p, True, inplace, key, generator, scale, affine, None, mask_offset
+    )
+    if inplace:
+        return input
+    return torch.nested.nested_tensor_from_jagged(
+        values,
+        input.offsets(),
+        input.lengths(),
+        input._ragged_idx,
+        input._maybe_min_seqlen,
+        input._maybe_max_seqlen,
+    )
