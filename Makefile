@@ -93,7 +93,9 @@ cuda-static: build ## compile the kernels for every architecture; compare their 
 	$(PY) tools/cuda_static.py --check $(ARGS)
 
 dist: build ## sdist and a wheel made from it, installed apart and checked
-	rm -rf build/dist && $(PY) -m build --no-isolation --outdir build/dist .
+	@rm -rf build/dist && mkdir -p build
+	@echo "building sdist and wheel (log: build/dist.log)"
+	@$(PY) -m build --no-isolation --outdir build/dist . >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
 	$(PY) -m pip install -q --no-deps --target build/dist/site build/dist/*.whl
 	cd build/dist/site && $(abspath $(PY)) -m dropout_ext
 
