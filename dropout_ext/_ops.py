@@ -69,21 +69,21 @@ def _apply_affine(input, key, p, scale, bias, dropped, mask_strides, mask_offset
     return _reference.apply_affine(input, key, p, scale, bias, dropped, mask_strides, mask_offset)
 
 
+def _apply_(input, *arguments):
+    input.copy_(_apply(input, *arguments))
+
+
+def _apply_affine_(input, *arguments):
+    input.copy_(_apply_affine(input, *arguments))
+
+
 _library.impl("apply", _apply, "CompositeExplicitAutograd")
+_library.impl("apply_", _apply_, "CompositeExplicitAutograd")
 _library.impl("apply_affine", _apply_affine, "CompositeExplicitAutograd")
+_library.impl("apply_affine_", _apply_affine_, "CompositeExplicitAutograd")
 _library.impl("keep_mask", _reference.keep_mask, "CompositeExplicitAutograd")
 _library.impl("fold_in", _reference.fold_in, "CompositeExplicitAutograd")
 _library.impl("split", _reference.split, "CompositeExplicitAutograd")
-_library.impl(
-    "apply_",
-    lambda input, *args: input.copy_(_apply(input, *args)) and None,
-    "CompositeExplicitAutograd",
-)
-_library.impl(
-    "apply_affine_",
-    lambda input, *args: input.copy_(_apply_affine(input, *args)) and None,
-    "CompositeExplicitAutograd",
-)
 
 
 # vmap. One key is one mask: stride 0 along the batch. A key per example is a key per slice.

@@ -77,7 +77,9 @@ def dropout(
             broadcast_dims=broadcast_dims, mask_strides=mask_strides, mask_offset=mask_offset,
         )  # fmt: skip
     _check_tensor(input)
-    strides = _mask_strides(input.shape, broadcast_dims, mask_strides)
+    strides = None
+    if broadcast_dims is not None or mask_strides is not None:
+        strides = _mask_strides(input.shape, broadcast_dims, mask_strides)
     return _run(input, p, training, inplace, key, generator, None, None, strides, mask_offset)
 
 
@@ -311,8 +313,8 @@ def _check_tensor(input: Tensor) -> None:
 
 def _check_probability(p: float) -> None:
     try:
-        p = float(p)
-    except (TypeError, ValueError):
+        math.isnan(p)  # takes what float() takes, but no text
+    except TypeError:
         raise TypeError(f"dropout(): argument 'p' must be float, not {type(p).__name__}") from None
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
@@ -382,7 +384,7 @@ def _alpha(p: float) -> tuple[float, tuple[float, float] | None]:
 
 def _features(input, batched, p, training, inplace, key, generator, scale=None, affine=None):
     """One decision per channel: of (N, C, ...) if batched, of (C, ...) if not."""
-    if training and p != 0 and input.dim() < (2 if batched else 1) and input.numel() != 0:
+    if training and 0 < p < 1 and input.dim() < (2 if batched else 1) and input.numel() != 0:
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
     strides = _mask_strides(input.shape, range(2 if batched else 1, input.dim()))
     return _run(input, p, training, inplace, key, generator, scale, affine, strides, 0)
@@ -419,8 +421,12 @@ def _run(
         )
     if scale is None:
         scale = 1 / (1 - p) if p < 1 else 0.0
-    # Row-major ones spelled out: AOTInductor does not take an empty list.
-    strides = mask_strides or _ops.row_major(input.shape)
+    if not is_dynamo_compiling() and torch.jit.is_tracing():
+        # Sizes are tensors there, which no list of integers takes.
+        strides = [int(stride) for stride in mask_strides or ()]
+    else:
+        # Row-major ones spelled out: AOTInductor does not take an empty list.
+        strides = mask_strides or _ops.row_major(input.shape)
     numbers = (p, scale) if affine is None else (p, scale, *affine)
     op, op_ = (
         (_ops.ops.apply, _ops.ops.apply_)

@@ -17,6 +17,8 @@ struct MaskRun {
   uint32_t threshold;
 };
 
+inline constexpr uintptr_t kStreamAlignment = 64;
+
 struct Kernels {
   const char* name;
 
@@ -29,6 +31,10 @@ struct Kernels {
   struct Of {
     Run run;
     ApplyBits apply_bits;
+    // The same with stores past the caches, or null. `out` is aligned to kStreamAlignment and is
+    // not `in`, mask.index is a multiple of 8; `fence` comes after the last of them.
+    Run run_streaming;
+    ApplyBits apply_bits_streaming;
   };
 
   Of scale[4];   // by Dtype: float64, float32, float16, bfloat16
@@ -37,6 +43,7 @@ struct Kernels {
 
   // Keep bits of a run into (n + 63) / 64 words; bits from n on are unspecified.
   void (*keep_bits)(uint64_t* bits, int64_t n, const MaskRun& mask);
+  void (*fence)();
 
   const Of& of(Dtype dtype, Epilogue epilogue) const {
     if (epilogue == Epilogue::kKeepMask) return keep_mask;

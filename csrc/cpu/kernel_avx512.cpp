@@ -16,6 +16,7 @@
     apply_to = function)
 #else
 // GCC 12 takes the deliberately undefined vectors of its own AVX-512 header for mistakes.
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")

@@ -1,13 +1,16 @@
 // The body of the CPU kernel, included once per instruction set, inside that set's namespace and
 // under its target attribute, behind a simd_*.h that defines
 //   Keep        keep decisions of 16 elements; keep_from_bits, keep_to_bits, keep_all
-//   F32, F64    16 elements in the compute type; load, store, splat, mul, fma, select, keep_or_zero
+//   F32, F64    16 elements in the compute type; load, store, splat, mul, fma, select,
+//   keep_or_zero;
+//               stream, a store past the caches to an address aligned to the vector
 //   keep_group  the decisions of 16 consecutive blocks, 128 elements
 // No include guard on purpose.
 
 inline constexpr int kVector = 16;
 inline constexpr int kGroup = 128;
 inline constexpr int kVectors = kGroup / kVector;
+inline constexpr uintptr_t kPrefetchBytes = 2048;
 
 template <class Elem>
 struct ComputeOf {
@@ -23,13 +26,18 @@ struct BoolElem {
   uint8_t byte;
 };
 
-template <class Elem>
+template <class Elem, bool streaming = false>
 struct Scale {
   using V = typename ComputeOf<Elem>::type;
   V scale;
   explicit Scale(const EpilogueParams& p) : scale(splat<V>(p.scale)) {}
   void operator()(const Elem* in, Elem* out, Keep keep) const {
-    store(out, keep_or_zero(keep, mul(load(in), scale)));
+    const V result = keep_or_zero(keep, mul(load(in), scale));
+    if constexpr (streaming) {
+      stream(out, result);
+    } else {
+      store(out, result);
+    }
   }
 };
 
@@ -119,6 +127,9 @@ void for_each_group(Source source, int skip, const Elem* in, Elem* out, int64_t 
     j = end - skip;
   }
   for (; j + kGroup <= n; j += kGroup) {
+    // The hardware's own prefetch stops at every page. Past the end it is harmless.
+    const auto ahead = reinterpret_cast<uintptr_t>(in + j) + kPrefetchBytes;
+    for (size_t line = 0; line < kGroup * sizeof(Elem); line += 64) prefetch(ahead + line);
     source.next(keep);
     for (int v = 0; v < kVectors; ++v) op(in + j + v * kVector, out + j + v * kVector, keep[v]);
   }
@@ -166,16 +177,22 @@ inline void keep_bits(uint64_t* bits, int64_t n, const MaskRun& mask) {
   }
 }
 
-template <template <class> class Op, class Elem>
-constexpr Kernels::Of of() {
-  return {run<Elem, Op<Elem>>, apply_bits<Elem, Op<Elem>>};
+template <class Elem>
+constexpr Kernels::Of scale() {
+  return {run<Elem, Scale<Elem>>, apply_bits<Elem, Scale<Elem>>, run<Elem, Scale<Elem, true>>,
+          apply_bits<Elem, Scale<Elem, true>>};
+}
+
+template <class Elem>
+constexpr Kernels::Of affine() {
+  return {run<Elem, Affine<Elem>>, apply_bits<Elem, Affine<Elem>>, nullptr, nullptr};
 }
 
 inline constexpr Kernels make_kernels(const char* name) {
-  return {
-      name,
-      {of<Scale, double>(), of<Scale, float>(), of<Scale, Float16>(), of<Scale, BFloat16>()},
-      {of<Affine, double>(), of<Affine, float>(), of<Affine, Float16>(), of<Affine, BFloat16>()},
-      {run<BoolElem, StoreBool>, apply_bits<BoolElem, StoreBool>},
-      keep_bits};
+  return {name,
+          {scale<double>(), scale<float>(), scale<Float16>(), scale<BFloat16>()},
+          {affine<double>(), affine<float>(), affine<Float16>(), affine<BFloat16>()},
+          {run<BoolElem, StoreBool>, apply_bits<BoolElem, StoreBool>, nullptr, nullptr},
+          keep_bits,
+          fence};
 }

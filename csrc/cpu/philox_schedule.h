@@ -7,11 +7,14 @@
 
 namespace dropout_ext::cpu {
 
+// Blocks count modulo 2^61, as element indices do modulo 2^64.
+inline constexpr uint32_t kBlockHighMask = 0x1FFFFFFF;
+
 struct PhiloxSchedule {
   uint32_t k0[kPhiloxRounds];
   uint32_t k1[kPhiloxRounds];
   uint32_t first_c0;  // round 1: c0 = hi(M1 * lo32(block)) ^ first_c0
-  uint32_t first_c2;  //          c2 = hi32(block) ^ first_c2
+  uint32_t first_c2;  //          c2 = (hi32(block) & kBlockHighMask) ^ first_c2
   uint32_t first_c3;  //          c3, the same for every block
 
   explicit PhiloxSchedule(Key key) {

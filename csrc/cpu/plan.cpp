@@ -18,6 +18,10 @@ constexpr int64_t kStage = 512;  // elements of a strided run that are gathered 
 constexpr int64_t kTileInner = 512;
 constexpr int64_t kTileSecond = 256;
 
+// An output of this size has left the caches before anybody reads it: stores past them save the
+// read of every line that is written, a third of the traffic.
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
+
 constexpr Dtype compute_dtype(Dtype dtype) {
   if (dtype == Dtype::kComplex128) return Dtype::kFloat64;
   if (dtype == Dtype::kComplex64) return Dtype::kFloat32;
@@ -131,6 +135,16 @@ Plan::Plan(const ApplyArgs& args, const Key* keys)
   };
   add_steps(second_, second_step_);
   add_steps(inner_, inner_step_);
+  streaming_ = of_.run_streaming != nullptr && args.in != args.out && inner_.out_stride == 1 &&
+               units_ * inner_step_ * second_step_ * element_size_ >= kStreamBytes &&
+               (mode_ != Mode::kFused || (args.map.mask_offset & 7) == 0) &&
+               reinterpret_cast<uintptr_t>(args.out) % kStreamAlignment == 0 &&
+               second_.out_stride * element_size_ % kStreamAlignment == 0;
+  for (int d = 0; d < n_loops_; ++d) {
+    if (loops_[d].count == 1) continue;
+    streaming_ &= loops_[d].out_step * element_size_ % kStreamAlignment == 0;
+    if (mode_ == Mode::kFused) streaming_ &= (loops_[d].mask_step & 7) == 0;
+  }
   unit_elements_ = inner_step_ * second_step_;
 }
 
@@ -147,11 +161,12 @@ void Plan::run(int64_t begin, int64_t end) const {
     out += at[d] * loop.out_step;
     index += static_cast<uint64_t>(at[d]) * loop.mask_step;
   }
+  // A keep mask reads no input; its pointer stays a valid one all the same.
+  const char* base = static_cast<const char*>(args_.in != nullptr ? args_.in : args_.out);
   const int64_t& inner_at = at[n_loops_ - 1];
   const int64_t& second_at = at[n_loops_ - 2];
   for (int64_t unit = begin; unit < end; ++unit) {
-    run_unit({static_cast<const char*>(args_.in) + in * element_size_,
-              static_cast<char*>(args_.out) + out * element_size_, index,
+    run_unit({base + in * element_size_, static_cast<char*>(args_.out) + out * element_size_, index,
               std::min(inner_step_, inner_.size - inner_at * inner_step_),
               std::min(second_step_, second_.size - second_at * second_step_), keys_[at[0]]});
     for (int d = n_loops_ - 1; d >= 0; --d) {
@@ -163,13 +178,15 @@ void Plan::run(int64_t begin, int64_t end) const {
       at[d] = 0;
     }
   }
+  if (streaming_) kernels_.fence();
 }
 
 void Plan::run_unit(const Unit& unit) const {
   switch (mode_) {
     case Mode::kFused:
-      of_.run(unit.in, unit.out, unit.inner,
-              {unit.key, unit.index, static_cast<uint32_t>(args_.threshold)}, args_.params);
+      (streaming_ ? of_.run_streaming : of_.run)(
+          unit.in, unit.out, unit.inner,
+          {unit.key, unit.index, static_cast<uint32_t>(args_.threshold)}, args_.params);
       return;
     case Mode::kRow:
     case Mode::kElement: return run_rows(unit);
@@ -281,7 +298,8 @@ void Plan::apply_inner(const Unit& unit, int64_t second, int64_t n, const uint64
 }
 
 void Plan::apply_run(const char* in, char* out, int64_t n, const uint64_t* bits) const {
-  if (!complex_) return of_.apply_bits(in, out, n, bits, args_.params);
+  const Kernels::ApplyBits apply_bits = streaming_ ? of_.apply_bits_streaming : of_.apply_bits;
+  if (!complex_) return apply_bits(in, out, n, bits, args_.params);
   for (int64_t i = 0; i < n; i += kStage) {
     uint64_t doubled[2 * kStage / 64];
     const int64_t count = std::min(kStage, n - i);
@@ -289,8 +307,7 @@ void Plan::apply_run(const char* in, char* out, int64_t n, const uint64_t* bits)
       doubled[2 * w] = double_bits(bits[i / 64 + w]);
       doubled[2 * w + 1] = double_bits(bits[i / 64 + w] >> 32);
     }
-    of_.apply_bits(in + i * element_size_, out + i * element_size_, 2 * count, doubled,
-                   args_.params);
+    apply_bits(in + i * element_size_, out + i * element_size_, 2 * count, doubled, args_.params);
   }
 }
 

@@ -52,6 +52,7 @@ class Plan {
   int64_t element_size_;
   bool complex_;
   Mode mode_;
+  bool streaming_;
   Dim inner_;
   Dim second_ = {1, 0, 0, 0};
   int64_t inner_step_;

@@ -69,24 +69,43 @@ inline void store(float* p, F32 x) {
 inline void store(double* p, F64 x) {
   for (int i = 0; i < 4; ++i) _mm256_storeu_pd(p + 4 * i, x.v[i]);
 }
-inline void store(Float16* p, F32 x) {
+inline __m256i float16_bits(F32 x) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  __m128i* out = reinterpret_cast<__m128i*>(p);
-  _mm_storeu_si128(out, _mm256_cvtps_ph(x.lo, kNearest));
-  _mm_storeu_si128(out + 1, _mm256_cvtps_ph(x.hi, kNearest));
+  return _mm256_set_m128i(_mm256_cvtps_ph(x.hi, kNearest), _mm256_cvtps_ph(x.lo, kNearest));
 }
-// The rounded upper halves as signed 32-bit numbers, so that the saturating pack keeps their bits.
-inline __m256i bfloat16_bits(__m256 x) {
+// As in simd_avx512.h; the upper halves as signed numbers, so that the saturating pack keeps them.
+inline __m256i bfloat16_upper(__m256 x) {
   const __m256i u = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7FFF)), odd);
-  const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-  const __m256i quiet = _mm256_set1_epi32(0x7FC00000);
-  return _mm256_srai_epi32(_mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(nan)), 16);
+  return _mm256_srai_epi32(rounded, 16);
+}
+inline __m256i bfloat16_bits(F32 x) {
+  return pack_signed(bfloat16_upper(x.lo), bfloat16_upper(x.hi));
+}
+inline void store(Float16* p, F32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), float16_bits(x));
 }
 inline void store(BFloat16* p, F32 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      pack_signed(bfloat16_bits(x.lo), bfloat16_bits(x.hi)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
+}
+
+inline void stream(float* p, F32 x) {
+  _mm256_stream_ps(p, x.lo);
+  _mm256_stream_ps(p + 8, x.hi);
+}
+inline void stream(double* p, F64 x) {
+  for (int i = 0; i < 4; ++i) _mm256_stream_pd(p + 4 * i, x.v[i]);
+}
+inline void stream(Float16* p, F32 x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), float16_bits(x));
+}
+inline void stream(BFloat16* p, F32 x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
+}
+inline void fence() { _mm_sfence(); }
+inline void prefetch(uintptr_t address) {
+  _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
 }
 
 inline F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
@@ -133,7 +152,8 @@ struct PhiloxLanes {
     const __m256i p1 = _mm256_mul_epu32(block, m1());
     c0 = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), word(s.first_c0));
     c1 = p1;
-    c2 = _mm256_xor_si256(_mm256_srli_epi64(block, 32), word(s.first_c2));
+    const __m256i high = _mm256_and_si256(_mm256_srli_epi64(block, 32), word(kBlockHighMask));
+    c2 = _mm256_xor_si256(high, word(s.first_c2));
     c3 = word(s.first_c3);
   }
   void round(const PhiloxSchedule& s, int r) {

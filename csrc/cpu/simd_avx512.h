@@ -44,19 +44,40 @@ inline void store(double* p, F64 x) {
   _mm512_storeu_pd(p, x.lo);
   _mm512_storeu_pd(p + 8, x.hi);
 }
-inline void store(Float16* p, F32 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-// Not vcvtneps2bf16: that one flushes subnormals.
-inline void store(BFloat16* p, F32 x) {
+// Rounded to nearest even by adding just under half, or half, of the last place that stays. A NaN
+// made from a 16-bit one has zeros below that place, so nothing carries into its exponent. Not
+// vcvtneps2bf16: that one flushes subnormals.
+inline __m256i bfloat16_bits(F32 x) {
   const __m512i u = _mm512_castps_si512(x.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7FFF)), odd);
-  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+  const __m512i down = _mm512_add_epi32(u, _mm512_set1_epi32(0x7FFF));
+  const __m512i rounded = _mm512_mask_add_epi32(down, odd, down, _mm512_set1_epi32(1));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+inline __m256i float16_bits(F32 x) {
+  return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline void store(Float16* p, F32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), float16_bits(x));
+}
+inline void store(BFloat16* p, F32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
+}
+
+inline void stream(float* p, F32 x) { _mm512_stream_ps(p, x.v); }
+inline void stream(double* p, F64 x) {
+  _mm512_stream_pd(p, x.lo);
+  _mm512_stream_pd(p + 8, x.hi);
+}
+inline void stream(Float16* p, F32 x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), float16_bits(x));
+}
+inline void stream(BFloat16* p, F32 x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
+}
+inline void fence() { _mm_sfence(); }
+inline void prefetch(uintptr_t address) {
+  _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
 }
 
 inline F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -89,7 +110,8 @@ struct PhiloxLanes {
     const __m512i p1 = _mm512_mul_epu32(block, m1());
     c0 = _mm512_xor_si512(_mm512_srli_epi64(p1, 32), word(s.first_c0));
     c1 = p1;
-    c2 = _mm512_xor_si512(_mm512_srli_epi64(block, 32), word(s.first_c2));
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi64(block, 32), word(kBlockHighMask));
+    c2 = _mm512_xor_si512(high, word(s.first_c2));
     c3 = word(s.first_c3);
   }
   void round(const PhiloxSchedule& s, int r) {

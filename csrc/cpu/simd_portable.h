@@ -61,6 +61,13 @@ inline void store(BFloat16* p, const F32& x) {
   for (int i = 0; i < 16; ++i) p[i] = to_bfloat16(x.v[i]);
 }
 
+template <class Elem, class V>
+inline void stream(Elem* p, const V& x) {
+  store(p, x);
+}
+inline void fence() {}
+inline void prefetch(uintptr_t) {}
+
 template <class V>
 inline V mul(V a, const V& b) {
   for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
@@ -94,7 +101,7 @@ inline void keep_group(const PhiloxSchedule& s, uint64_t block, uint32_t thresho
   for (int b = 0; b < 16; ++b, ++block) {
     const uint64_t first = static_cast<uint64_t>(kPhiloxM1) * lo32(block);
     uint32_t c0 = hi32(first) ^ s.first_c0, c1 = lo32(first);
-    uint32_t c2 = hi32(block) ^ s.first_c2, c3 = s.first_c3;
+    uint32_t c2 = (hi32(block) & kBlockHighMask) ^ s.first_c2, c3 = s.first_c3;
     for (int r = 1; r < kPhiloxRounds; ++r) {
       const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
       const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
