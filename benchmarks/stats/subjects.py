@@ -5,6 +5,7 @@ A key is a pair (seed, offset). nn.Dropout has no offset: it is seeded with seed
 """
 
 import ctypes
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -213,16 +214,9 @@ class Contract:
                 (folder / header).write_text(text)
             source = Path(__file__).parent / "native" / "stream.cpp"
             library = folder / "stream.so"
-            subprocess.run(
-                [
-                    *["c++", "-std=c++20", "-O3", "-shared", "-fPIC"],
-                    f"-I{folder}",
-                    source,
-                    "-o",
-                    library,
-                ],
-                check=True,
-            )
+            compiler = os.environ.get("CXX", "c++")
+            flags = ["-std=c++20", "-O3", "-shared", "-fPIC", f"-I{folder}"]
+            subprocess.run([compiler, *flags, source, "-o", library], check=True)
             self._library = ctypes.CDLL(str(library))
         for function, arguments in _SIGNATURES.items():
             getattr(self._library, function).argtypes = arguments
