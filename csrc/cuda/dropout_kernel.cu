@@ -123,6 +123,53 @@ struct Traits<BFloat16> : TraitsOf<float, uint4, 4, 16> {};
 template <>
 struct Traits<bool> : TraitsOf<float, uint4, 1, 1> {};
 
+// Plain accesses of 16 bytes. In C++ the compiler splits some of them, and __ldca and __stwb, which
+// it does not, are ordered ones. tests/native/cuda_shim.h has its own.
+#if defined(__CUDACC__)
+__device__ __forceinline__ uint4 load_vector(const uint4* at) {
+  uint4 x;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(at));
+  return x;
+}
+__device__ __forceinline__ float4 load_vector(const float4* at) {
+  float4 x;
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(at));
+  return x;
+}
+__device__ __forceinline__ double2 load_vector(const double2* at) {
+  double2 x;
+  asm volatile("ld.global.v2.f64 {%0, %1}, [%2];" : "=d"(x.x), "=d"(x.y) : "l"(at));
+  return x;
+}
+__device__ __forceinline__ void store_vector(uint2* at, uint2 x) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(x.x), "r"(x.y) : "memory");
+}
+__device__ __forceinline__ void store_vector(uint4* at, uint4 x) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x.x), "r"(x.y), "r"(x.z),
+               "r"(x.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_vector(float4* at, float4 x) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(x.x), "f"(x.y), "f"(x.z),
+               "f"(x.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_vector(double2* at, double2 x) {
+  asm volatile("st.global.v2.f64 [%0], {%1, %2};" ::"l"(at), "d"(x.x), "d"(x.y) : "memory");
+}
+// Keeps the compiler from taking an address apart, so that constants added to it become part of the
+// instructions.
+template <typename T>
+__device__ __forceinline__ T* one_address(T* at) {
+  asm("" : "+l"(at));
+  return at;
+}
+#endif
+
 // V elements: a vector access of 16 bytes (8 for eight bools), or one element at its own alignment.
 template <typename T, int V, bool kVector>
 struct Chunk {
@@ -140,7 +187,7 @@ struct Chunk {
 
   __device__ __forceinline__ void load(const T* at) {
     if constexpr (kVector) {
-      vector = __ldca(reinterpret_cast<const Vector*>(at));
+      vector = load_vector(reinterpret_cast<const Vector*>(at));
     } else {
       element[0] = *at;
     }
@@ -150,9 +197,9 @@ struct Chunk {
     if constexpr (!kVector) {
       *at = element[0];
     } else if constexpr (kBytes == 16) {
-      __stwb(reinterpret_cast<Vector*>(at), vector);
+      store_vector(reinterpret_cast<Vector*>(at), vector);
     } else {
-      __stwb(reinterpret_cast<uint2*>(at), make_uint2(word[0], word[1]));
+      store_vector(reinterpret_cast<uint2*>(at), make_uint2(word[0], word[1]));
     }
   }
 
@@ -238,13 +285,17 @@ struct FlatTile {
                                              uint64_t first_block, uint32_t threshold,
                                              const Affine<typename Traits<T>::Real>& affine) {
     const int lane = threadIdx.x % kWarp;
+    in = one_address(in + lane * V);
+    out = one_address(out + lane * V);
+    low -= lane * V;
+    high -= lane * V;
     Chunk<T, V, kVector> x[kUnroll][kChunks];
     if constexpr (Traits<T>::kReadsInput) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
         for (int q = 0; q < kChunks; ++q) {
-          const int i = u * kGroup + (q * kWarp + lane) * V;
+          const int i = u * kGroup + q * kWarp * V;
           if (kWhole || (i >= low && i + V <= high)) {
             x[u][q].load(in + i);
           } else {
@@ -278,7 +329,7 @@ struct FlatTile {
           const uint32_t mine = __shfl_sync(kAllLanes, bits, owner) >> (lane % kChunks * V);
           x[u][q].template apply<V>(affine, 0, [&](int j) { return mine >> j & 1; });
         }
-        const int i = u * kGroup + (q * kWarp + lane) * V;
+        const int i = u * kGroup + q * kWarp * V;
         if (kWhole || (i >= low && i + V <= high)) {
           x[u][q].store(out + i);
         } else {
@@ -305,17 +356,20 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 16 ? 2 : 3)
     const uint64_t index = p.common.mask_offset + slice * p.common.slice_mask_stride;
     // The first tile begins before the first element, by what the element index is past a tile.
     int64_t begin = warp * Tile::kSize - static_cast<int64_t>(index % Tile::kSize);
-    const T* in = p.common.in + (slice * p.common.slice_in_stride + begin);
-    T* out = p.common.out + (slice * p.common.slice_out_stride + begin);
-    for (; begin < p.size; begin += step, in += step, out += step) {
+    const T* in = p.common.in + slice * p.common.slice_in_stride;
+    T* out = p.common.out + slice * p.common.slice_out_stride;
+#pragma unroll 1
+    for (; begin < p.size; begin += step) {
       const uint64_t first_block = (index + begin) / kBlock;
       if (begin >= 0 && begin + Tile::kSize <= p.size) {
-        Tile::template run<true>(in, out, 0, Tile::kSize, key, first_block, threshold, affine);
+        Tile::template run<true>(in + begin, out + begin, 0, Tile::kSize, key, first_block,
+                                 threshold, affine);
       } else {
         const int low = begin < 0 ? static_cast<int>(-begin) : 0;
         const int64_t left = p.size - begin;
         const int high = left < Tile::kSize ? static_cast<int>(left) : Tile::kSize;
-        Tile::template run<false>(in, out, low, high, key, first_block, threshold, affine);
+        Tile::template run<false>(in + begin, out + begin, low, high, key, first_block, threshold,
+                                  affine);
       }
     }
   }

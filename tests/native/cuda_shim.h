@@ -218,14 +218,19 @@ T __shfl_sync(unsigned mask, T value, int source) {
 }
 
 template <typename V>
-V __ldca(const V* at) {
+V load_vector(const V* at) {
   if (reinterpret_cast<uintptr_t>(at) % alignof(V) != 0) shim::fail("misaligned vector load");
   return *at;
 }
 template <typename V>
-void __stwb(V* at, V value) {
+void store_vector(V* at, V value) {
   if (reinterpret_cast<uintptr_t>(at) % alignof(V) != 0) shim::fail("misaligned vector store");
   *at = value;
+}
+
+template <typename T>
+T* one_address(T* at) {
+  return at;
 }
 
 inline uint32_t __umulhi(uint32_t a, uint32_t b) {

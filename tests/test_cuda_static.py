@@ -1,0 +1,109 @@
+"""tools/cuda_static.py: what the machine code of the CUDA kernels must be, and what it notices."""
+
+import sys
+
+import pytest
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import cuda_static
+from cuda_static import StaticError
+
+sys.path.pop(0)
+
+needs_tools = pytest.mark.skipif(
+    bool(cuda_static.missing_tools()), reason=f"not found: {', '.join(cuda_static.missing_tools())}"
+)
+
+
+def test_the_table_is_complete():
+    rows = {
+        (f"sm_{arch}", dtype)
+        for arch in cuda_static.ARCHS
+        for dtype, _ in cuda_static.DTYPES.values()
+    }
+    assert set(cuda_static.recorded()) == rows
+
+
+# `make cuda-static` does the same for every architecture.
+@needs_tools
+def test_kernels_of_one_architecture():
+    table = cuda_static.recorded()
+    for row in cuda_static.measure(90):
+        worse, _ = cuda_static.compare(row, table[row["arch"], row["dtype"]])
+        assert not worse
+
+
+@needs_tools
+def test_local_memory_is_noticed(tmp_path):
+    source = tmp_path / "local.cu"
+    source.write_text(
+        "__global__ void f(int* x) { int a[64]; for (int i = 0; i < 64; ++i) a[x[i] & 63] = i;"
+        " x[0] = a[x[1] & 63]; }\n"
+    )
+    with pytest.raises(StaticError, match="local memory"):
+        cuda_static.measure(80, source)
+
+
+def test_spills_are_noticed():
+    ptxas = (
+        "ptxas info    : Compiling entry function 'f' for 'sm_90'\n"
+        "    0 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads\n"
+        "ptxas info    : Used 80 registers\n"
+    )
+    with pytest.raises(StaticError, match="local memory"):
+        cuda_static.check_resources(ptxas)
+    assert cuda_static.check_resources(ptxas.replace("4 bytes", "0 bytes")) == {"f": 80}
+
+
+# A loop over tiles with a whole and a guarded way, as nvdisasm prints it.
+SASS = """
+.section .text.f,"ax"
+.text.f:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   ISETP.GT.AND P0, PT, R2, R3, PT ;
+        /*0020*/               @P0 BRA `(.L_x_2) ;
+        /*0030*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0040*/                   IMAD.WIDE.U32 R8, R8, -0x326172a9, RZ ;
+        /*0050*/                   FMUL R4, R4, R5 ;
+        /*0060*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0070*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0080*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*0090*/              @!P1 STG.E.128 desc[UR4][R2.64], R4 ;
+.L_x_3:
+        /*00a0*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*00b0*/              @!P2 BRA `(.L_x_1) ;
+        /*00c0*/                   EXIT ;
+"""
+
+
+def count(sass, element_size=2):
+    return cuda_static.count_flat("f", cuda_static.functions(sass)["f"], element_size)
+
+
+def test_counts_the_way_of_a_whole_tile():
+    assert count(SASS) == (9, 1)
+    assert count(SASS, element_size=4) == (18, 2)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("LDG.E.128 R4", "LDG.E.64 R4"), ("STG.E.128 desc[UR4][R2.64], R4 ;\n        /*0070*/", "")],
+)
+def test_narrow_accesses_are_noticed(right, wrong):
+    assert SASS.count(right) == 1
+    with pytest.raises(StaticError):
+        count(SASS.replace(right, wrong))
+
+
+def test_an_increase_is_worse():
+    before = cuda_static.recorded()["sm_90", "float32"]
+    for column in ("registers", "instructions", "wide_multiplies"):
+        more = {**before, column: str(float(before[column]) + 1)}
+        assert cuda_static.compare(more, before)[0]
+        assert not cuda_static.compare(before, more)[0]
+        assert not cuda_static.compare({**more, "nvcc": "1.0"}, before)[0]
+    sixteen = {**cuda_static.recorded()["sm_90", "bfloat16"], "wide_multiplies": "20.25"}
+    assert cuda_static.compare({**sixteen, "nvcc": "1.0"}, sixteen)[0]

@@ -1,0 +1,289 @@
+"""What the compiled CUDA kernels cost, read from their machine code; no GPU is needed.
+
+Compiles csrc/cuda/dropout_kernel.cu for every architecture and demands of every kernel: no spills,
+no stack, no local memory; and of the flat kernels: 16-byte accesses alone on the way of a whole
+tile. That way is the loop from a tile to the next; its instructions and wide multiplies, per eight
+elements, are compared with csrc/cuda/static_counts.csv, where an increase fails.
+
+    python tools/cuda_static.py --check [--arch 90 ...]
+    python tools/cuda_static.py --update
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import heapq
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNEL = ROOT / "csrc" / "cuda" / "dropout_kernel.cu"
+TABLE = ROOT / "csrc" / "cuda" / "static_counts.csv"
+ARCHS = (75, 80, 86, 89, 90, 100, 120)
+NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Xptxas", "-v"]  # as setup.py
+
+# Mangled template argument: dtype and bytes of an element.
+DTYPES = {
+    "d": ("float64", 8),
+    "f": ("float32", 4),
+    "NS1_7Float16E": ("float16", 2),
+    "NS1_8BFloat16E": ("bfloat16", 2),
+    "NS1_7ComplexIdEE": ("complex128", 16),
+    "NS1_7ComplexIfEE": ("complex64", 8),
+    "b": ("bool", 1),
+}
+COLUMNS = ("nvcc", "arch", "dtype", "registers", "instructions", "wide_multiplies")
+
+
+class StaticError(Exception):
+    """A kernel that is not as it must be, or a tool that is missing."""
+
+
+def find_tool(name: str) -> str | None:
+    """From the environment's wheels, CUDA_HOME or PATH."""
+    wheel = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / name
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    for path in (wheel, Path(home) / "bin" / name):
+        if path.exists():
+            return str(path)
+    return shutil.which(name)
+
+
+def missing_tools() -> list[str]:
+    return [name for name in ("nvcc", "nvdisasm") if find_tool(name) is None]
+
+
+def output_of(*command: str | Path) -> str:
+    result = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if result.returncode != 0:
+        raise StaticError(f"{' '.join(map(str, command))}\n{result.stdout}")
+    return result.stdout
+
+
+def nvcc_version() -> str:
+    return re.search(r"release [\d.]+, V([\d.]+)", output_of(find_tool("nvcc"), "--version"))[1]
+
+
+def check_resources(ptxas: str) -> dict[str, int]:
+    """Registers of each kernel, by mangled name, from `ptxas -v`; an error for any local memory."""
+    registers = {}
+    name = None
+    for line in ptxas.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)'", line):
+            name = match[1]
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", line):
+            if (match[1], match[2]) != ("0", "0"):
+                raise StaticError(f"{name} uses local memory: {line.strip()}")
+        elif match := re.search(r"Used (\d+) registers", line):
+            registers[name] = int(match[1])
+    if not registers:
+        raise StaticError(f"no kernels in the output of ptxas:\n{ptxas}")
+    return registers
+
+
+def functions(sass: str) -> dict[str, list[str]]:
+    """Labels and instructions of each kernel, from `nvdisasm -c`."""
+    found: dict[str, list[str]] = {}
+    body: list[str] | None = None
+    for line in sass.splitlines():
+        line = re.sub(r"/\*.*?\*/", "", line).strip()
+        if match := re.match(r"\.text\.(\S+):", line):
+            body = found.setdefault(match[1], [])
+        elif line.startswith(".section"):
+            body = None
+        elif body is not None and (line.endswith(";") or re.match(r"\.L\S*:", line)):
+            body.append(line)
+    return found
+
+
+@dataclass
+class Block:
+    instructions: list[str]
+    successors: list[int]
+
+
+def basic_blocks(body: list[str]) -> list[Block]:
+    """The control flow of a kernel as one thread sees it: a reconvergence point is no branch."""
+    blocks, labels = [Block([], [])], {}
+    for line in body:
+        if match := re.match(r"(\.L\S*):", line):
+            if blocks[-1].instructions:
+                blocks.append(Block([], []))
+            labels[match[1]] = len(blocks) - 1
+            continue
+        blocks[-1].instructions.append(line)
+        if re.search(r"\b(BRA|BRX|EXIT|RET|CALL)\b", line):
+            blocks.append(Block([], []))
+    for i, block in enumerate(blocks):
+        if not block.instructions:
+            block.successors = [i + 1] if i + 1 < len(blocks) else []
+            continue
+        last = block.instructions[-1]
+        always = not re.match(r"@", last) and re.search(r"\b(BRA|EXIT|RET|CALL)\b", last)
+        if always and re.search(r"BRA(\.U|\.DIV)?\S*\s+(!?UP\d|P\d|!P\d|~?UR)", last):
+            always = None  # the condition is an operand
+        if not always and i + 1 < len(blocks):
+            block.successors.append(i + 1)
+        target = re.search(r"`\((\.L\S*?)\)", last)
+        if target and re.search(r"\b(BRA|CALL)\b", last):
+            block.successors.append(labels[target[1]])
+    return blocks
+
+
+def whole_tile(body: list[str]) -> list[str]:
+    """The instructions from one whole tile to the next: the shortest way around the loop through
+    the block with the most 16-byte stores."""
+    blocks = basic_blocks(body)
+
+    def stores(block: Block) -> int:
+        return sum("STG.E.128" in line and line[0] != "@" for line in block.instructions)
+
+    most = max(map(stores, blocks))
+    ways = []
+    for start, block in enumerate(blocks):
+        if most == 0 or stores(block) != most:
+            continue
+        queue = [(len(block.instructions), [start])]
+        seen = set()
+        while queue:
+            cost, path = heapq.heappop(queue)
+            for successor in blocks[path[-1]].successors:
+                if successor == start:
+                    ways.append((cost, path))
+                elif successor not in seen:
+                    seen.add(successor)
+                    step = len(blocks[successor].instructions)
+                    heapq.heappush(queue, (cost + step, [*path, successor]))
+    if not ways:
+        raise StaticError("no loop with 16-byte stores")
+    return [line for i in min(ways)[1] for line in blocks[i].instructions]
+
+
+def opcode(line: str) -> str:
+    return re.sub(r"^@\S+\s+", "", line).split()[0]
+
+
+def count_flat(name: str, body: list[str], element_size: int) -> tuple[float, float]:
+    """Instructions and wide multiplies per eight elements; an error for narrow accesses."""
+    codes = [opcode(line) for line in whole_tile(body)]
+    accesses = {op: [code for code in codes if code.startswith(op)] for op in ("LDG", "STG")}
+    stores = len(accesses["STG"])
+    if any(".128" not in code for found in accesses.values() for code in found):
+        raise StaticError(f"{name} has accesses of less than 16 bytes: {accesses}")
+    if element_size > 1 and len(accesses["LDG"]) != stores:
+        raise StaticError(f"{name} has {len(accesses['LDG'])} loads and {stores} stores")
+    eights = stores * 16 / element_size / 8
+    wide = sum(bool(re.match(r"IMAD\.(WIDE|HI)", code)) for code in codes)
+    return len(codes) / eights, wide / eights
+
+
+def measure(arch: int, kernel: Path = KERNEL) -> list[dict]:
+    """One row per flat kernel; an error where any kernel is not as it must be."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        ptxas = output_of(
+            find_tool("nvcc"), *NVCC_FLAGS, f"-arch=sm_{arch}", "-cubin", "-o", cubin, kernel
+        )
+        registers = check_resources(ptxas)
+        bodies = functions(output_of(find_tool("nvdisasm"), "-c", cubin))
+    rows = []
+    for name, body in bodies.items():
+        local = [line for line in body if re.match(r"(LDL|STL)\b", opcode(line))]
+        if local:
+            raise StaticError(f"sm_{arch}: {name} uses local memory: {local[0]}")
+        flat = re.search(r"flat_kernelI(.+?)Lb1EEE", name)
+        if not flat:
+            continue
+        dtype, size = DTYPES[flat[1]]
+        instructions, wide = count_flat(f"sm_{arch}: flat kernel of {dtype}", body, size)
+        rows.append(
+            {
+                "nvcc": nvcc_version(),
+                "arch": f"sm_{arch}",
+                "dtype": dtype,
+                "registers": str(registers[name]),
+                "instructions": f"{instructions:.2f}",
+                "wide_multiplies": f"{wide:.2f}",
+            }
+        )
+    if len(rows) != len(DTYPES):
+        raise StaticError(f"sm_{arch}: {len(rows)} flat kernels, but {len(DTYPES)} dtypes")
+    return sorted(rows, key=lambda row: row["dtype"])
+
+
+def recorded() -> dict[tuple[str, str], dict]:
+    with TABLE.open(newline="") as file:
+        return {(row["arch"], row["dtype"]): row for row in csv.DictReader(file)}
+
+
+def compare(row: dict, before: dict | None) -> tuple[list[str], list[str]]:
+    """What is worse than recorded, and what else is to be said."""
+    what = f"{row['arch']} {row['dtype']}"
+    if float(row["wide_multiplies"]) > 20 and row["dtype"] in ("float16", "bfloat16"):
+        return [f"{what}: {row['wide_multiplies']} wide multiplies, more than one Philox call"], []
+    if before is None:
+        return [f"{what}: not in the table; run --update"], []
+    if before["nvcc"] != row["nvcc"]:
+        return [], [f"{what}: recorded with nvcc {before['nvcc']}, this is {row['nvcc']}"]
+    worse, notes = [], []
+    for column in COLUMNS[3:]:
+        now, then = float(row[column]), float(before[column])
+        message = f"{what}: {column} {row[column]}, recorded {before[column]}"
+        if now > then:
+            worse.append(message)
+        elif now < then:
+            notes.append(f"{message}; run --update")
+    return worse, notes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--check", action="store_true", help="compare with the recorded table")
+    what.add_argument("--update", action="store_true", help="write the table")
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS)
+    args = parser.parse_args()
+    if missing := missing_tools():
+        print(f"not found: {', '.join(missing)}", file=sys.stderr)
+        return 2
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            rows = [row for rows in pool.map(measure, args.arch) for row in rows]
+    except StaticError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for row in rows:
+        print("  ".join(f"{row[column]:>10}" for column in COLUMNS))
+    if args.update:
+        with TABLE.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        return 0
+    table = recorded()
+    worse = []
+    for row in rows:
+        more, notes = compare(row, table.get((row["arch"], row["dtype"])))
+        worse += more
+        print("\n".join(notes), end="\n" if notes else "")
+    print("\n".join(worse), file=sys.stderr)
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
