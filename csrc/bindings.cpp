@@ -1,5 +1,6 @@
 // The Python module dropout_ext._C.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/Generator.h>
@@ -40,7 +41,8 @@ bool is_plain(PyObject* object) {
   const at::Tensor& tensor = THPVariable_Unpack(object);
   if (tensor.key_set().has_any(c10::DispatchKeySet(c10::DispatchKey::Python) |
                                c10::DispatchKeySet(c10::DispatchKey::Functionalize) |
-                               c10::DispatchKeySet(c10::DispatchKey::FuncTorchBatched))) {
+                               c10::DispatchKeySet(c10::DispatchKey::FuncTorchBatched) |
+                               c10::DispatchKeySet(c10::DispatchKey::NestedTensor))) {
     return false;
   }
 #ifdef DROPOUT_EXT_WITH_CUDA
@@ -130,7 +132,10 @@ PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
   TORCH_CHECK_TYPE(n >= 6 && n <= 10, "eager() takes 6 to 10 arguments, but got ", n);
   const auto optional = [&](Py_ssize_t at) { return n > at ? args[at] : Py_None; };
   if (!is_plain(args[0])) {
-    unpack_tensor(args[0], "input", "Tensor");
+    // What is no tensor but stands for one, a torch.fx.Proxy say, overrides the call.
+    if (!PyObject_HasAttrString(args[0], "__torch_function__")) {
+      unpack_tensor(args[0], "input", "Tensor");
+    }
     Py_RETURN_NOTIMPLEMENTED;
   }
   Call call;

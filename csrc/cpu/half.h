@@ -28,28 +28,27 @@ inline BFloat16 to_bfloat16(float f) {
 inline float to_float(Float16 h) {
   const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(h.bits & 0x7FFF) << 13;
-  // Infinity and NaN keep their mantissa under an exponent of ones. All else is rescaled by a power
-  // of two, which also normalizes subnormals, exactly.
-  const float finite = std::bit_cast<float>(magnitude) * 0x1p112f;
-  const uint32_t special = magnitude | 0x7F800000;
-  const uint32_t u = (h.bits & 0x7C00) == 0x7C00 ? special : std::bit_cast<uint32_t>(finite);
-  return std::bit_cast<float>(u | sign);
+  // A power of two moves the exponent's bias, and normalizes subnormals, exactly. Infinity and NaN
+  // keep their mantissa under an exponent of ones.
+  const uint32_t finite = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
+  const uint32_t ones = -static_cast<uint32_t>((h.bits & 0x7C00) == 0x7C00) & 0x7F800000;
+  return std::bit_cast<float>(finite | ones | sign);
 }
 
+// Without branches, and signed, so that a loop over it becomes SIMD code even for SSE2.
 inline Float16 to_float16(float f) {
-  const uint32_t u = std::bit_cast<uint32_t>(f);
-  const uint32_t sign = u >> 16 & 0x8000;
-  const uint32_t magnitude = u & 0x7FFFFFFF;
-  uint32_t h;
-  if (magnitude >= 0x47800000) {  // 2^16 and more, infinity, NaN
-    h = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;
-  } else if (magnitude < 0x38800000) {  // below 2^-14: the sum with 0.5 leaves the subnormal's bits
-    const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-    h = std::bit_cast<uint32_t>(shifted) - 0x3F000000;
-  } else {
-    h = (magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13;
-  }
-  return {static_cast<uint16_t>(sign | h)};
+  const int32_t u = std::bit_cast<int32_t>(f);
+  const int32_t sign = u >> 16 & 0x8000;
+  const int32_t magnitude = u & 0x7FFFFFFF;
+  // Below 2^-14 the sum with 0.5 rounds to the subnormal's place and leaves its bits.
+  const int32_t subnormal =
+      std::bit_cast<int32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3F000000;
+  const int32_t normal = (magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13;
+  const int32_t special = 0x7C00 | (-(magnitude > 0x7F800000) & 0x200);
+  const int32_t small = -(magnitude < 0x38800000);
+  const int32_t large = -(magnitude >= 0x47800000);  // 2^16 and more, infinity, NaN
+  const int32_t finite = (subnormal & small) | (normal & ~small);
+  return {static_cast<uint16_t>(sign | (special & large) | (finite & ~large))};
 }
 
 }  // namespace dropout_ext::cpu

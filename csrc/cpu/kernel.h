@@ -41,8 +41,10 @@ struct Kernels {
   Of affine[4];  // likewise
   Of keep_mask;  // of bool; reads no input
 
-  // Keep bits of a run into (n + 63) / 64 words; bits from n on are unspecified.
-  void (*keep_bits)(uint64_t* bits, int64_t n, const MaskRun& mask);
+  // Keep bits of `rows` runs of n elements, row r from index mask.index + r * row_stride into
+  // (n + 63) / 64 words at bits + r * row_words; bits from n on are unspecified.
+  void (*keep_bits)(uint64_t* bits, int64_t n, const MaskRun& mask, int64_t rows,
+                    uint64_t row_stride, int64_t row_words);
   void (*fence)();
 
   const Of& of(Dtype dtype, Epilogue epilogue) const {

@@ -64,6 +64,7 @@ class PhiloxSource {
  public:
   explicit PhiloxSource(const MaskRun& mask)
       : schedule_(mask.key), block_(mask.index >> 3), threshold_(mask.threshold) {}
+  void seek(uint64_t index) { block_ = index >> 3; }
   void next(Keep (&keep)[kVectors]) {
     keep_group(schedule_, block_, threshold_, keep);
     block_ += kVector;
@@ -152,28 +153,30 @@ void apply_bits(const void* in, void* out, int64_t n, const uint64_t* bits,
                  Op(params));
 }
 
-inline void keep_bits(uint64_t* bits, int64_t n, const MaskRun& mask) {
-  PhiloxSource source(mask);
-  const int skip = static_cast<int>(mask.index & 7);
+inline void keep_bits_row(PhiloxSource& source, uint64_t index, uint64_t* bits, int64_t n) {
+  const int skip = static_cast<int>(index & 7);
+  source.seek(index);
   Keep keep[kVectors];
-  uint64_t carry = 0;  // of the previous word, shifted into place
-  for (int64_t j = 0, word_index = 0; j < n + skip; j += kGroup) {
+  for (int64_t j = 0, at = 0; j < n + skip; j += kGroup) {
     source.next(keep);
-    for (int w = 0; w < 2; ++w, ++word_index) {
+    for (int w = 0; w < 2; ++w, ++at) {
       uint64_t word = 0;
       for (int v = 0; v < 4; ++v) {
         word |= static_cast<uint64_t>(keep_to_bits(keep[4 * w + v])) << 16 * v;
       }
-      if (skip == 0) {
-        if (word_index * 64 < n) bits[word_index] = word;
-        continue;
-      }
-      if (word_index > 0 && (word_index - 1) * 64 < n) {
-        bits[word_index - 1] = carry | word << (64 - skip);
-      }
-      carry = word >> skip;
-      if (word_index * 64 < n) bits[word_index] = carry;
+      // Bit `skip` of the first word is the row's first, so each word ends in the next one.
+      if (skip != 0 && at > 0 && (at - 1) * 64 < n) bits[at - 1] |= word << (64 - skip);
+      if (at * 64 < n) bits[at] = word >> skip;
     }
+  }
+}
+
+inline void keep_bits(uint64_t* bits, int64_t n, const MaskRun& mask, int64_t rows,
+                      uint64_t row_stride, int64_t row_words) {
+  PhiloxSource source(mask);
+  for (int64_t r = 0; r < rows; ++r) {
+    keep_bits_row(source, mask.index + static_cast<uint64_t>(r) * row_stride, bits + r * row_words,
+                  n);
   }
 }
 

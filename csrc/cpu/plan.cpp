@@ -42,6 +42,12 @@ void transpose(uint64_t (&m)[64]) {
   }
 }
 
+// `word` into the bits from `first` on.
+void or_bits(uint64_t* bits, int64_t first, uint64_t word) {
+  bits[first / 64] |= word << first % 64;
+  if (first % 64 != 0) bits[first / 64 + 1] |= word >> (64 - first % 64);
+}
+
 struct alignas(16) Bytes16 {
   uint64_t half[2];
 };
@@ -211,17 +217,13 @@ void Plan::run_rows(const Unit& unit) const {
 void Plan::run_constant(const Unit& unit) const {
   uint64_t decisions[kBits / 64];
   keep_bits(decisions, unit.second, unit.key, unit.index);
-  const bool dense = second_.in_stride == inner_.size && second_.out_stride == inner_.size &&
-                     inner_.in_stride == 1 && inner_.out_stride == 1;
-  if (dense && unit.inner == inner_.size && inner_.size < 64) {
+  if (is_dense() && unit.inner == inner_.size && inner_.size < 64) {
     // Runs too short for a call each: their decisions repeated, applied as one run.
     uint64_t bits[kUnit / 64 + 1] = {};
     const uint64_t ones = (uint64_t{1} << inner_.size) - 1;
     for (int64_t j = 0; j < unit.second; ++j) {
       if ((decisions[j / 64] >> j % 64 & 1) == 0) continue;
-      const int64_t first = j * inner_.size;
-      bits[first / 64] |= ones << first % 64;
-      if (first % 64 != 0) bits[first / 64 + 1] |= ones >> (64 - first % 64);
+      or_bits(bits, j * inner_.size, ones);
     }
     apply_run(unit.in, unit.out, unit.second * inner_.size, bits);
     return;
@@ -251,30 +253,37 @@ void Plan::run_constant(const Unit& unit) const {
 
 void Plan::run_transposed(const Unit& unit) const {
   constexpr int64_t kInnerWords = kTileInner / 64, kSecondWords = kTileSecond / 64;
-  uint64_t bits[kTileSecond][kInnerWords];
+  // Where the runs follow each other in memory, so do their bits, and all are applied as one.
+  const bool dense = is_dense() && unit.inner == inner_.size;
+  const int64_t run_bits = dense ? unit.inner : kTileInner;
+  uint64_t bits[kTileSecond * kInnerWords + 1] = {};
   for (int64_t i = 0; i < unit.inner; i += 64) {
     uint64_t rows[64][kSecondWords];
     const int64_t n_rows = std::min<int64_t>(64, unit.inner - i);
-    for (int64_t r = 0; r < n_rows; ++r) {
-      const uint64_t index = unit.index + static_cast<uint64_t>(i + r) * inner_.mask_stride;
-      keep_bits(rows[r], unit.second, unit.key, index);
-    }
+    keep_bits(rows[0], unit.second, unit.key,
+              unit.index + static_cast<uint64_t>(i) * inner_.mask_stride, n_rows,
+              inner_.mask_stride, kSecondWords);
     for (int64_t word = 0; word * 64 < unit.second; ++word) {
       uint64_t square[64] = {};
       for (int64_t r = 0; r < n_rows; ++r) square[r] = rows[r][word];
       transpose(square);
       const int64_t n = std::min<int64_t>(64, unit.second - word * 64);
-      for (int64_t j = 0; j < n; ++j) bits[word * 64 + j][i / 64] = square[j];
+      for (int64_t j = 0; j < n; ++j) or_bits(bits, (word * 64 + j) * run_bits + i, square[j]);
     }
   }
-  for (int64_t j = 0; j < unit.second; ++j) apply_inner(unit, j, unit.inner, bits[j]);
+  if (dense) return apply_run(unit.in, unit.out, unit.second * unit.inner, bits);
+  for (int64_t j = 0; j < unit.second; ++j) {
+    apply_inner(unit, j, unit.inner, bits + j * kInnerWords);
+  }
 }
 
-void Plan::keep_bits(uint64_t* bits, int64_t n, Key key, uint64_t index) const {
+void Plan::keep_bits(uint64_t* bits, int64_t n, Key key, uint64_t index, int64_t rows,
+                     uint64_t row_stride, int64_t row_words) const {
   if (keeps_nothing(args_.threshold)) {
-    std::memset(bits, 0, ceil_div(n, 64) * sizeof(uint64_t));
+    std::memset(bits, 0, ((rows - 1) * row_words + ceil_div(n, 64)) * sizeof(uint64_t));
   } else {
-    kernels_.keep_bits(bits, n, {key, index, static_cast<uint32_t>(args_.threshold)});
+    kernels_.keep_bits(bits, n, {key, index, static_cast<uint32_t>(args_.threshold)}, rows,
+                       row_stride, row_words);
   }
 }
 

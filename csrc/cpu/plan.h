@@ -41,7 +41,13 @@ class Plan {
   void run_rows(const Unit& unit) const;
   void run_constant(const Unit& unit) const;
   void run_transposed(const Unit& unit) const;
-  void keep_bits(uint64_t* bits, int64_t n, Key key, uint64_t index) const;
+  // Whether the inner dimension, in full, and the second one are a single run in memory.
+  bool is_dense() const {
+    return inner_.in_stride == 1 && inner_.out_stride == 1 && second_.in_stride == inner_.size &&
+           second_.out_stride == inner_.size;
+  }
+  void keep_bits(uint64_t* bits, int64_t n, Key key, uint64_t index, int64_t rows = 1,
+                 uint64_t row_stride = 0, int64_t row_words = 0) const;
   void apply_inner(const Unit& unit, int64_t second, int64_t n, const uint64_t* bits) const;
   void apply_run(const char* in, char* out, int64_t n, const uint64_t* bits) const;
 

@@ -172,13 +172,15 @@ std::vector<Elem> random_values(int64_t n) {
   return values;
 }
 
-// n elements that begin `misalign` elements past an allocation, which ends right behind the canary.
+// n elements between canaries, `misalign` elements past an address aligned for streaming.
 template <class Elem>
 class Guarded {
  public:
   Guarded(int64_t n, int misalign)
-      : n_(n), bytes_((kCanary + misalign + n) * sizeof(Elem) + kCanary, 0xa5) {
-    start_ = bytes_.data() + (kCanary + misalign) * sizeof(Elem);
+      : n_(n), bytes_((misalign + n) * sizeof(Elem) + cpu::kStreamAlignment + 2 * kCanary, 0xa5) {
+    const auto first = reinterpret_cast<uintptr_t>(bytes_.data()) + kCanary;
+    const uintptr_t to_aligned = (0 - first) % cpu::kStreamAlignment;
+    start_ = bytes_.data() + kCanary + to_aligned + misalign * sizeof(Elem);
   }
   Elem* data() { return reinterpret_cast<Elem*>(start_); }
   bool intact() const {
@@ -271,6 +273,17 @@ void check_run(const Case& c, const Kernels::Of& of, const Mask& mask, int64_t s
     of.apply_bits(reads ? source : nullptr, out.data(), n, bits.data(), c.params);
     check_output(c, "apply_bits", source, keep, n, skip, out);
   }
+  if (of.run_streaming != nullptr && mask.from(skip).index % kBlock == 0) {
+    Guarded<Elem> out(n, 0);
+    of.run_streaming(source, out.data(), n, mask.from(skip), c.params);
+    check_output(c, "run_streaming", source, keep, n, skip, out);
+  }
+  if (of.apply_bits_streaming != nullptr) {
+    Guarded<Elem> out(n, 0);
+    const std::vector<uint64_t> bits = pack(keep, n);
+    of.apply_bits_streaming(source, out.data(), n, bits.data(), c.params);
+    check_output(c, "apply_bits_streaming", source, keep, n, skip, out);
+  }
 }
 
 template <class Elem>
@@ -288,6 +301,7 @@ void check_dtype(const Kernels& kernels, const std::vector<Mask>& masks, const M
     int64_t round = 0;
     for (int64_t n = 0; n <= kMaxRun; n += n < 300 ? 1 : 37, ++round) {
       check_run(c, of, masks[round % masks.size()], round * 7 % 131, n, values);
+      check_run(c, of, masks[0], round % 16 * 8, n, values);
     }
     for (int64_t skip = 0; skip < 8; ++skip) {
       for (const int64_t n : {1, 8, 15, 17, 120, 127, 129, 137, 256}) {
@@ -321,7 +335,7 @@ void check_keep_bits(const Kernels& kernels, const Mask& mask) {
       const size_t words = (n + 63) / 64;
       // Exact: AddressSanitizer sees a word too many.
       std::vector<uint64_t> bits(words, 0xa5a5a5a5a5a5a5a5);
-      kernels.keep_bits(bits.data(), n, mask.from(skip));
+      kernels.keep_bits(bits.data(), n, mask.from(skip), 1, 0, 0);
       for (int64_t j = 0; j < n; ++j) {
         if ((bits[j >> 6] >> (j & 63) & 1) == mask.keep[skip + j]) continue;
         fail("%s, keep_bits: bit %lld of %lld from %lld", kernels.name, static_cast<long long>(j),
