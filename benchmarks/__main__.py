@@ -14,15 +14,25 @@ import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from benchmarks import record, tables
+from benchmarks import record
 from benchmarks.cases import ENVIRONMENTS
+
+try:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    from benchmarks import plots, tables
+except ImportError as error:  # GPU machines without a network may have nothing but torch
+    tables, missing = None, error
 
 SECTIONS = ("micro", "bars", "family", "statistics", "training", "models", "peers")
 IN_ENVIRONMENT = {
-    "default": SECTIONS,
+    "default": ("micro", "bars", "statistics", "training", "models", "peers"),
     "resident": ("bars", "family"),
     "avx2": ("bars",),
     "portable": ("bars",),
@@ -42,6 +52,31 @@ def plan(names, gpu, gpu_only, variants):
                 yield environment, False, sections
     if gpu:
         yield "default", True, ["gpu", *(name for name in here if name in ON_GPU)]
+
+
+class NoProgress:
+    """What is used of rich's progress bar, where rich is missing."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def add_task(self, description, total=None):
+        return None
+
+    def update(self, task, **_):
+        pass
+
+    advance = remove_task = update
+
+
+def progress_bar(console):
+    if tables is None:
+        return NoProgress()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    return Progress(*columns, TimeElapsedColumn(), console=console)
 
 
 def run_worker(environment, on_gpu, sections, args, progress, seconds):
@@ -94,21 +129,20 @@ def main(argv=None):
     if set(names) - set(SECTIONS):
         parser.error(f"argument --only: {args.only!r}; accepted are {', '.join(SECTIONS)}")
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
+    console = tables.terminal() if tables else None
+    say = console.print if tables else print
     try:
         import torch
 
         import dropout_ext
     except ImportError as error:
-        console.print(f"{error}; run [bold]make build[/] first")
+        say(f"{error}; run make build first")
         return 2
     info = dropout_ext.build_info()
     gpu = torch.cuda.is_available() and info.get("cuda", False)
     if args.gpu and not gpu:
         reason = "this build has no CUDA" if torch.cuda.is_available() else "torch sees no GPU"
-        console.print(f"--gpu: not run, {reason}")
+        say(f"--gpu: not run, {reason}")
         return 2
     devices = {"cpu": record.cpu_name()}
     if gpu:
@@ -120,8 +154,7 @@ def main(argv=None):
     budget = args.seconds or (220 if args.gpu else 100)
     commit, rows, notes, ok = record.commit(), [], [], True
     workers = list(plan(names, gpu, args.gpu, info.get("cpu_variants", ())))
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    with progress_bar(console) as progress:
         whole = progress.add_task("processes", total=len(workers))
         for environment, on_gpu, sections in workers:
             found, said, good = run_worker(environment, on_gpu, sections, args, progress, budget)
@@ -129,23 +162,29 @@ def main(argv=None):
             notes += said
             ok &= good
             progress.advance(whole)
-            if not console.is_terminal:
+            if not (tables and console.is_terminal):
                 where = "GPU" if on_gpu else environment
-                console.print(f"{', '.join(sections)} ({where}): {len(found)} figures")
+                say(f"{', '.join(sections)} ({where}): {len(found)} figures")
     for row in rows:
         row |= {"device": devices[row["device"]], "commit": commit}
 
+    drawn = []
     if rows:
         record.write(rows, out / "bench.csv")
-        table = record.read(out / "bench.csv")
-        tables.show(table, console)
-        from benchmarks import plots
-
-        drawn = plots.draw(table, out)
-        console.print(f"{out / 'bench.csv'} and {', '.join(path.name for path in drawn)}")
+        if tables:
+            table = record.read(out / "bench.csv")
+            tables.show(table, console)
+            drawn = [path.name for path in plots.draw(table, out)]
+        else:
+            say(f"no tables and pictures: {missing}")
+            for row in rows:
+                if row.get("bar"):
+                    met = "met" if row["met"] else "NOT MET"
+                    say(f"{row['case']}: {row['side']}: {row['p50']:.3g} {row['bar']} {met}")
+        say(f"{out / 'bench.csv'}{', ' * bool(drawn)}{', '.join(drawn)}")
     for note in notes:
-        console.print(note, markup=False, style="yellow")
-    console.print(f"{time.monotonic() - began:.0f} s")
+        print(note)
+    say(f"{time.monotonic() - began:.0f} s")
     return 0 if ok else 1
 
 

@@ -19,8 +19,8 @@ RESIDENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 ENVIRONMENTS = {
     "default": {},
     "resident": RESIDENT,
-    "avx2": {"DROPOUT_EXT_CPU_VARIANT": "avx2"},
-    "portable": {"DROPOUT_EXT_CPU_VARIANT": "portable"},
+    "avx2": RESIDENT | {"DROPOUT_EXT_CPU_VARIANT": "avx2"},
+    "portable": RESIDENT | {"DROPOUT_EXT_CPU_VARIANT": "portable"},
 }
 
 
@@ -125,7 +125,8 @@ MUL_ = Side("x.mul_(c)", "floor", "x.mul_(c)")
 def micro(quick):
     sizes = (16, 4 * Ki, Mi, 16 * Mi) if quick else (16, 256, 4 * Ki, 64 * Ki, Mi, 16 * Mi, 64 * Mi)
     for n in sizes:
-        for threads in (1, 2) if n >= Mi and not (quick and n > Mi) else (1,):
+        # The largest take seconds per call; what a second thread does shows before.
+        for threads in (1, 2) if Mi <= n <= (Mi if quick else 16 * Mi) else (1,):
             for dtype in ("float32", "bfloat16"):
                 for op in ("forward", "forward and backward"):
                     yield Case("micro", op, dtype, (n,), (NN_MODULE, MODULE, MUL), threads=threads)
@@ -138,7 +139,8 @@ def against_torch(quick, environment, limit, p=P):
         for n in sizes:
             bars = (Bar("F.dropout", FUNCTION.name, ">=", limit),)
             sides = (NN_FUNCTION, FUNCTION, MUL)
-            yield Case("bars", "forward", dtype, (n,), sides, environment=environment, bars=bars)
+            case = Case("bars", "forward", dtype, (n,), sides, environment=environment, bars=bars)
+            yield replace(case, p=p)
 
 
 def from_memory(quick, environment):
@@ -189,8 +191,8 @@ def call_path(quick):
 def bars(quick):
     # A fresh output of 4 MiB may come with page faults, too: hence both allocator settings.
     for environment in ("resident",) if quick else ("default", "resident"):
-        yield from against_torch(quick, environment, 20)
-        yield from against_torch(quick, environment, 20, p=0.5)
+        for p in (P, 0.5):
+            yield from against_torch(quick, environment, 20, p)
         yield Case(
             "bars",
             "forward and backward",
@@ -304,12 +306,13 @@ def peers(quick):
         "    return jnp.where(keep, a * c, 0)\n",
         optional=True,
     )
-    for n in (Mi,) if quick else (64 * Ki, Mi, 16 * Mi):
-        sides = (NN_MODULE, MODULE, MUL, numpy, jax) + (() if quick else (compiled,))
-        yield Case("peers", "forward", "float32", (n,), sides)
-        if not quick and n == Mi:
-            sides = (NN_MODULE, MODULE, MUL, compiled)
-            yield Case("peers", "forward and backward", "float32", (n,), sides)
+    sides = (NN_MODULE, MODULE, MUL, numpy, jax)
+    if quick:
+        return
+    yield Case("peers", "forward", "float32", (Mi,), (*sides, compiled))
+    yield Case("peers", "forward", "float32", (16 * Mi,), sides)
+    sides = (NN_MODULE, MODULE, MUL, compiled)
+    yield Case("peers", "forward and backward", "float32", (Mi,), sides)
 
 
 SECTIONS = {"micro": micro, "bars": bars, "family": family, "peers": peers}

@@ -190,7 +190,7 @@ def run(emit, quick, device):
         return
     models = list(chosen(quick, device))
     emit({"total": len(models)})
-    rounds = 5 if quick else 11
+    rounds = 4 if quick else 9
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for name, (build, make_inputs, loss), limit in models:
         inputs = make_inputs(device)

@@ -22,12 +22,6 @@ def plain(value, _):
     return f"{value:g}"
 
 
-def series(table, section):
-    """(device, threads) that have micro figures, the CPU's first."""
-    rows = table[table.section == section]
-    return rows.groupby(["device", "threads"], sort=False, dropna=False).size().index.tolist()
-
-
 def grid(table, section, title, ylabel, draw):
     """One panel per operation and type; None when the section has no figures."""
     rows = table[table.section == section]
@@ -92,15 +86,17 @@ def time_per_element(axis, rows):
 
 def speed_up(axis, rows):
     rows = rows[rows.metric.str.startswith("time over") & (rows.role != "floor")]
+    peers = iter(PEERS)
     for side in rows.side.unique():
         of = rows[rows.side == side].sort_values("elements")
-        axis.plot(of.elements, of.p50, "o-", label=f"over {side}", markersize=3.5,
-                  color=COLOURS["ours"] if of.role.iloc[0] == "torch" else None)  # fmt: skip
-        axis.fill_between(of.elements, of.p20, of.p80, alpha=0.2, linewidth=0)
+        colour = COLOURS["ours"] if of.role.iloc[0] == "torch" else next(peers)
+        axis.plot(of.elements, of.p50, "o-", color=colour, label=f"over {side}", markersize=3.5)
+        axis.fill_between(of.elements, of.p20, of.p80, color=colour, alpha=0.2, linewidth=0)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(FixedLocator([0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 30, 50, 100]))
     axis.yaxis.set_major_formatter(FuncFormatter(plain))
-    axis.yaxis.set_minor_formatter(FuncFormatter(plain))
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def share(axis, rows):

@@ -1,13 +1,12 @@
 """One CSV per machine: its columns, and the names of the machine and the versions in it."""
 
+import csv
 import os
 import platform
 import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
-
-import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -21,9 +20,12 @@ COLUMNS = [
 
 
 def cpu_name():
-    from cpuinfo import get_cpu_info  # comes with pytest-benchmark
+    try:
+        from cpuinfo import get_cpu_info  # comes with pytest-benchmark
 
-    info = get_cpu_info()
+        info = get_cpu_info()
+    except ImportError:
+        info = {}
     name = re.sub(r"\((R|TM)\)| CPU| Processor|@.*", "", info.get("brand_raw", "")).strip()
     name = name or platform.machine()
     if info.get("vendor_id_raw") == "AuthenticAMD":
@@ -61,19 +63,19 @@ def versions():
     }
 
 
-def frame(rows):
-    table = pd.DataFrame(list(rows)).reindex(columns=COLUMNS)
-    whole = ["elements", "threads", "rounds", "bytes_moved"]
-    return table.astype(dict.fromkeys(whole, "Int64"))
-
-
 def write(rows, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = rows if isinstance(rows, pd.DataFrame) else frame(rows)
-    table.to_csv(path, index=False, float_format="%.9g")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 def read(path):
+    """The CSV as a pandas table; ValueError where it is not one of ours."""
+    import pandas as pd
+
     table = pd.read_csv(path, keep_default_na=True, low_memory=False)
     missing = set(COLUMNS) - set(table.columns)
     if missing:

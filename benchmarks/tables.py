@@ -87,10 +87,11 @@ def comparison(table, section, title):
         return None
     caption = (
         "times: median ± half of p80 - p20; faster: median (p20-p80) of per-round ratios; "
-        "saved: bytes kept for backward, torch's / ours"
+        "GB/s: ours; saved: bytes kept for backward, torch's / ours"
     )
     out = Table(title=title, caption=caption)
-    for column in ("case", "torch", "dropout_ext", "floor", "faster", "of floor", "saved"):
+    columns = ("case", "torch", "dropout_ext", "floor", "faster", "of floor", "GB/s", "saved")
+    for column in columns:
         out.add_column(column, justify="left" if column == "case" else "right")
     for device in rows.device.unique():
         out.add_section()
@@ -108,6 +109,7 @@ def comparison(table, section, title):
                 *(per_call(time[role]) for role in ("torch", "ours", "floor")),
                 spread(ratio),
                 "-" if pd.isna(share) else f"{share:.0%}",
+                short(time["ours"].bytes_moved / time["ours"].p50),
                 " / ".join(in_bytes(row) for row in saved.values() if row is not None),
             )
     return out
@@ -122,7 +124,7 @@ def bars(table):
         out.add_column(column)
     # What is saved does not depend on the case, if the bar is met: the worst one stands for all.
     plain = rows.role == "bar"
-    worst = rows[~plain].sort_values("p50")
+    worst = rows[~plain].sort_values("p50", key=abs)
     worst = worst.drop_duplicates(["side", "metric", "device"], keep="last")
     for row in pd.concat([rows[plain], worst]).itertuples():
         met = row.met in (True, "True")
@@ -154,31 +156,35 @@ def statistics(table):
 
 
 def listing(table, section, title):
-    """Every figure of a section: sides as columns, metrics as lines."""
+    """Every figure of a section: one line per case and side, one column per metric."""
     rows = table[(table.section == section) & (table.role != "bar")]
     if rows.empty:
         return None
-    sides = list(rows.side.unique())
+    metrics = list(rows.metric.unique())
     out = Table(title=title)
-    for column in ("case", "figure", *sides):
-        out.add_column(column, justify="left" if column in ("case", "figure") else "right")
-    for device in rows.device.unique():
-        of = rows[rows.device == device]
+    for column in ("case", "", *metrics):
+        out.add_column(column, justify="left" if column in ("case", "") else "right")
+    for (_, case), of in rows.groupby(["device", "case"], sort=False):
         out.add_section()
-        for case in of.case.unique():
-            for metric in of[of.case == case].metric.unique():
-                cells = []
-                for side in sides:
-                    row = one(of, case=case, metric=metric, side=side)
-                    if row is None:
-                        cells.append("-")
-                    elif metric == "time":
-                        cells.append(per_call(row))
-                    else:
-                        unit = f" {row.unit}" if isinstance(row.unit, str) else ""
-                        cells.append(spread(row) + unit)
-                out.add_row(case, metric, *cells)
+        for i, side in enumerate(of.side.unique()):
+            cells = []
+            for metric in metrics:
+                row = one(of, metric=metric, side=side)
+                if row is None:
+                    cells.append("-")
+                elif metric == "time":
+                    cells.append(per_call(row))
+                else:
+                    unit = row.unit if row.unit in ("%", "ms", "MiB") else ""
+                    cells.append(f"{spread(row)} {unit}".strip())
+            out.add_row("" if i else brief(case), side, *cells)
     return out
+
+
+def terminal():
+    """A terminal as it is; a file or pipe wide enough for every table."""
+    found = Console()
+    return found if found.is_terminal else Console(width=140)
 
 
 def show(table, console):
@@ -191,6 +197,7 @@ def show(table, console):
         comparison(table, "family", "The family"),
         listing(table, "gpu independence", "Consecutive calls in 16-bit types (independent: 0.5)"),
         listing(table, "gpu host", "Host time per call"),
+        listing(table, "gpu memory", "Peak memory in bytes"),
         comparison(table, "gpu", "nn.Dropout and dropout_ext.Dropout on the GPU"),
         comparison(table, "micro", "nn.Dropout and dropout_ext.Dropout"),
         bars(table),
@@ -261,7 +268,7 @@ def main(argv=None):
     if args.readme:
         write_readme(table, source, args.readme)
     else:
-        show(table, Console())
+        show(table, terminal())
 
 
 if __name__ == "__main__":

@@ -141,8 +141,9 @@ class Contestant(Column):
         super().__init__(side, names["x"].numel(), side.threads or case.threads, saved)
         self.timer = timeit.Timer(case.statement(side), globals=names)
         torch.set_num_threads(self.threads)
-        self.timer.timeit(1)
         once = self.timer.timeit(1)
+        if once < 0.1:  # else the first call tells enough
+            once = self.timer.timeit(1)
         loops = max(1, int(block / once))
         if loops > 1:
             once = self.timer.timeit(loops) / loops
@@ -163,9 +164,10 @@ def prepare(case, quick):
             if not side.optional:
                 raise
             notes.append(f"{case}: {side.name} left out ({type(error).__name__}: {error})"[:300])
-    budget = 0.15 if quick else 0.5
+    budget = 0.15 if quick else 0.4
     per_round = sum(c.seconds * c.loops for c in contestants)
-    rounds = int(min(100, max(3 if quick else 7, budget / per_round)))
+    least = 3 if quick else (7 if per_round < 0.3 else 5)
+    rounds = int(min(100, max(least, budget / per_round)))
     return contestants, rounds, notes
 
 
