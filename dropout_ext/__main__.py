@@ -1,5 +1,5 @@
-"""`python -m dropout_ext`: versions, how the extension was built, and a check of the mask contract's
-known answers on what this machine has. Exit status 1 if one fails.
+"""`python -m dropout_ext`: versions, how the extension was built, and a check of the mask
+contract's known answers on what this machine has. Exit status 1 if one fails.
 """
 
 import platform

@@ -1,8 +1,9 @@
 """The mask contract, version 1, and its operators in plain PyTorch.
 
-The specification to read, the oracle of the tests, and what a device without a kernel runs. Unsigned
-words are held in int64 tensors: 32-bit words as their value, 64-bit words as their bits. Works on any
-device that has int64, and on meta tensors; float64 is used only where the input is float64.
+The specification to read, the oracle of the tests, and what a device without a kernel runs.
+Unsigned words are held in int64 tensors: 32-bit words as their value, 64-bit words as their bits.
+Works on any device that has int64, and on meta tensors; float64 is used only where the input is
+float64.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def _seed_offset(key: Tensor) -> tuple[Tensor, Tensor]:
 def words(key: Tensor, index: Tensor) -> Tensor:
     """The 32-bit word of each element index.
 
-    index: int64, any shape. key: (2,), or (n, 2) where n = index.size(0), then key j is for index[j].
+    index: int64, any shape. key: (2,), or (n, 2) where n = index.size(0): then key j is for
+    index[j].
     """
     seed, offset = _seed_offset(key.to(index.device))
     if key.dim() == 2:
@@ -232,7 +234,7 @@ def fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 
 def fold_in(key: Tensor, n: int | Tensor) -> Tensor:
-    """The key for step, rank or slice n: shape and dtype of `key`, or (*n.shape, 2) for a tensor n."""
+    """The key for step, rank or slice n, in dtype and shape of `key`; (*n.shape, 2) for a tensor n."""
     seed, offset = _seed_offset(key)
     counter = offset + (n if isinstance(n, Tensor) else _wrap(n))
     zero = torch.zeros_like(counter)
