@@ -21,6 +21,13 @@ __all__ = [
 ]
 
 
+def _no_script(module: nn.Module):
+    raise NotImplementedError(
+        f"torch.jit.script cannot compile dropout_ext.{type(module).__name__}: use torch.export or "
+        "torch.jit.trace, or put its torch.nn counterpart in its place"
+    )
+
+
 class _Drawing:
     """A generator to draw keys from. On the class: an nn module whose __class__ is set to ours has
     no such attribute of its own.
@@ -35,6 +42,8 @@ class _Drawing:
         functional._check_probability(p)  # torch.nn lets NaN pass
         if generator is not None:
             self.generator = generator
+
+    __prepare_scriptable__ = _no_script
 
 
 class Dropout(_Drawing, nn.Dropout):
@@ -119,6 +128,7 @@ class DropPath(nn.Module):
     """`timm.layers.DropPath`. See `dropout_ext.functional.drop_path`."""
 
     generator: torch.Generator | None = None
+    __prepare_scriptable__ = _no_script
 
     def __init__(
         self,
