@@ -89,7 +89,7 @@ FAULTS = {
         "in += static_cast<int32_t>(static_cast<int64_t>(at) * dim.in_stride);",
         "far_apart",
     ),
-    "loop that skips": ("in += step, out += step", "in += step", "geometry"),
+    "loop that skips": ("begin += step)", "begin += 2 * step)", "geometry"),
     "division off by one": (
         "quotient = (__umul64hi(n, magic) + n) >> divisor.shift;",
         "quotient = __umul64hi(n, magic) >> divisor.shift;",

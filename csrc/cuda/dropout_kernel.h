@@ -28,8 +28,8 @@ void launch_apply(const ApplyArgs& args, const KeySource& keys, const Geometry& 
 void launch_store_keys(const uint64_t* host_words, int64_t keys, uint64_t* device_words,
                        CUstream_st* stream);
 
-// Under graph capture a generator's state is on the device: key = (*seed, (*offset + intragraph) /
-// 4).
+// Under graph capture a generator's state is on the device: the key becomes (seed, offset / 4),
+// with offset = *offset + intragraph.
 void launch_unpack_key(const int64_t* seed, const int64_t* offset, uint64_t intragraph,
                        uint64_t* key, CUstream_st* stream);
 
