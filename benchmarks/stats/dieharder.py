@@ -66,7 +66,7 @@ def _feed(process, make, contract, key):
 
 def run_one(contract, stream, key, test, ntuple):
     """Lines (name, ntuple, samples, p-value) of one dieharder test."""
-    command = ["dieharder", "-d", str(test), "-g", "200", "-c", ",", "-k", "2"]
+    command = ["dieharder", "-d", str(test), "-g", "200", "-c", ","]
     command += ["-D", "test_name", "-D", "ntuple", "-D", "tsamples", "-D", "psamples"]
     command += ["-D", "pvalues"] + (["-n", str(ntuple)] if ntuple is not None else [])
     process = subprocess.Popen(
