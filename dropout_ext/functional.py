@@ -313,11 +313,14 @@ def _check_tensor(input: Tensor) -> None:
 
 def _check_probability(p: float) -> None:
     try:
-        math.isnan(p)  # takes what float() takes, but no text
-    except TypeError:
-        raise TypeError(f"dropout(): argument 'p' must be float, not {type(p).__name__}") from None
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        # float() would take text. math.isnan() would not, but is not traced for a symbolic p.
+        value = None if isinstance(p, (str, bytes)) else float(p)
+    except (TypeError, ValueError):
+        value = None
+    if value is None:
+        raise TypeError(f"dropout(): argument 'p' must be float, not {type(p).__name__}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {value}")
 
 
 def _deprecated(name: str, dim: int, spatial: int, accepted: str) -> str:

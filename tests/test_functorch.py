@@ -197,6 +197,9 @@ def test_keys_are_derived_under_vmap(key):
     assert_same_bits(actual, torch.stack([reference.split(k, 4) for k in keys]))
     actual = vmap(lambda k: dropout_ext.keep_mask((5, 6), 0.5, k))(keys)
     assert_same_bits(actual, torch.stack([reference.keep_mask(k, 0.5, (5, 6)) for k in keys]))
+    keys = reference.split(key, 12).view(3, 4, 2)  # one for each slice of every example
+    actual = vmap(lambda k: dropout_ext.keep_mask((4, 6), 0.5, k))(keys)
+    assert_same_bits(actual, torch.stack([reference.keep_mask(k, 0.5, (4, 6)) for k in keys]))
 
 
 @pytest.mark.parametrize("name", MODULES)
