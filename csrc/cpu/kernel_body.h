@@ -4,6 +4,7 @@
 //   F32, F64    16 elements in the compute type; load, store, splat, mul, fma, select,
 //   keep_or_zero;
 //               stream, a store past the caches to an address aligned to the vector
+//   kHasPair    of an element type: whether scale_pair, store_pair and stream_pair take 32 of it
 //   keep_group  the decisions of 16 consecutive blocks, 128 elements
 // No include guard on purpose.
 
@@ -40,6 +41,25 @@ struct Scale {
     }
   }
 };
+
+// Two vectors at a time, where the instruction set has a faster way for that.
+template <class Elem, bool streaming>
+void apply_pair(const Scale<Elem, streaming>& op, const Elem* in, Elem* out, Keep first,
+                Keep second) {
+  if constexpr (kHasPair<Elem> && streaming) {
+    stream_pair(out, scale_pair(in, first, second, op.scale));
+  } else if constexpr (kHasPair<Elem>) {
+    store_pair(out, scale_pair(in, first, second, op.scale));
+  } else {
+    op(in, out, first);
+    op(in + kVector, out + kVector, second);
+  }
+}
+template <class Elem, class Op>
+void apply_pair(const Op& op, const Elem* in, Elem* out, Keep first, Keep second) {
+  op(in, out, first);
+  op(in + kVector, out + kVector, second);
+}
 
 template <class Elem>
 struct Affine {
@@ -132,7 +152,9 @@ void for_each_group(Source source, int skip, const Elem* in, Elem* out, int64_t 
     const auto ahead = reinterpret_cast<uintptr_t>(in + j) + kPrefetchBytes;
     for (size_t line = 0; line < kGroup * sizeof(Elem); line += 64) prefetch(ahead + line);
     source.next(keep);
-    for (int v = 0; v < kVectors; ++v) op(in + j + v * kVector, out + j + v * kVector, keep[v]);
+    for (int v = 0; v < kVectors; v += 2) {
+      apply_pair(op, in + j + v * kVector, out + j + v * kVector, keep[v], keep[v + 1]);
+    }
   }
   if (j < n) {
     source.next(keep);

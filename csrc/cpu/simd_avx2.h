@@ -103,6 +103,9 @@ inline void stream(Float16* p, F32 x) {
 inline void stream(BFloat16* p, F32 x) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
 }
+template <class Elem>
+inline constexpr bool kHasPair = false;
+
 inline void fence() { _mm_sfence(); }
 inline void prefetch(uintptr_t address) {
   _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);

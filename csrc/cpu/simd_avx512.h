@@ -47,12 +47,14 @@ inline void store(double* p, F64 x) {
 // Rounded to nearest even by adding just under half, or half, of the last place that stays. A NaN
 // made from a 16-bit one has zeros below that place, so nothing carries into its exponent. Not
 // vcvtneps2bf16: that one flushes subnormals.
-inline __m256i bfloat16_bits(F32 x) {
-  const __m512i u = _mm512_castps_si512(x.v);
+inline __m512i round_to_upper_half(__m512 x) {
+  const __m512i u = _mm512_castps_si512(x);
   const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
   const __m512i down = _mm512_add_epi32(u, _mm512_set1_epi32(0x7FFF));
-  const __m512i rounded = _mm512_mask_add_epi32(down, odd, down, _mm512_set1_epi32(1));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  return _mm512_mask_add_epi32(down, odd, down, _mm512_set1_epi32(1));
+}
+inline __m256i bfloat16_bits(F32 x) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_upper_half(x.v), 16));
 }
 inline __m256i float16_bits(F32 x) {
   return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -62,6 +64,28 @@ inline void store(Float16* p, F32 x) {
 }
 inline void store(BFloat16* p, F32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
+}
+
+// 32 bfloat16 at a time: as floats, elements of even position are a shift away and those of odd
+// position a mask, so nothing is shuffled, and they are dropped as 16-bit lanes.
+template <class Elem>
+inline constexpr bool kHasPair = false;
+template <>
+inline constexpr bool kHasPair<BFloat16> = true;
+
+inline __m512i scale_pair(const BFloat16* p, Keep first, Keep second, F32 scale) {
+  const __m512i x = _mm512_loadu_si512(p);
+  const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+  const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(~0xFFFF)));
+  const __m512i even_bits =
+      _mm512_srli_epi32(round_to_upper_half(_mm512_mul_ps(even, scale.v)), 16);
+  const __m512i odd_bits = round_to_upper_half(_mm512_mul_ps(odd, scale.v));
+  const __m512i all = _mm512_mask_blend_epi16(0xAAAAAAAA, even_bits, odd_bits);
+  return _mm512_maskz_mov_epi16(_mm512_kunpackw(second.mask, first.mask), all);
+}
+inline void store_pair(BFloat16* p, __m512i x) { _mm512_storeu_si512(p, x); }
+inline void stream_pair(BFloat16* p, __m512i x) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), x);
 }
 
 inline void stream(float* p, F32 x) { _mm512_stream_ps(p, x.v); }

@@ -65,6 +65,9 @@ template <class Elem, class V>
 inline void stream(Elem* p, const V& x) {
   store(p, x);
 }
+template <class Elem>
+inline constexpr bool kHasPair = false;
+
 inline void fence() {}
 inline void prefetch(uintptr_t) {}
 
