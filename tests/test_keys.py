@@ -75,6 +75,15 @@ def test_what_draws_no_key():
     assert torch.equal(generator.get_state(), states[1])
 
 
+def test_a_failing_call_draws_no_key():
+    leaf = torch.ones(4, requires_grad=True)
+    state = torch.get_rng_state()
+    for x in (leaf, leaf[:2], torch.ones(1).expand(4)):
+        with pytest.raises(RuntimeError):
+            dropout_ext.dropout(x, 0.5, inplace=True)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_size_does_not_change_what_is_drawn():
     states = []
     for n in (1, 100_000):

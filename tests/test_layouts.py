@@ -1,5 +1,7 @@
 """The mask follows the logical position: every memory layout gives the same values."""
 
+import math
+
 import pytest
 import torch
 from helpers import (
@@ -94,6 +96,42 @@ def test_large_transposed(key, threads):
     for n in (1, 2):
         threads(n)
         assert_same_bits(dropout_ext.dropout(x, 0.3, key=key), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "dtype"),
+    [
+        ((9_000_003,), [1], torch.float32),
+        ((17_000_005,), [1], torch.bfloat16),
+        ((9_000_003,), [2], torch.float32),
+        ((70, 64, 2048), [64, 1, 0], torch.float32),  # channels
+        ((70, 131_073), [1, 0], torch.float32),  # paths
+        ((16, 33, 16384), [16384, 0, 1], torch.float32),  # locked
+        ((4097, 2080), [1, 4097], torch.float32),  # transposed
+        ((2_100_000,), [1], torch.complex128),
+        ((3000, 48, 64), [64, 1, 0], torch.float32),
+    ],
+)
+def test_outputs_beyond_the_caches(shape, strides, dtype, key, threads):
+    """Over 32 MiB the output is written past the caches, which in place never happens."""
+    x = random_tensor((1000,), dtype).repeat(-(-math.prod(shape) // 1000))
+    x = x[: math.prod(shape)].view(shape)
+    assert x.numel() * x.element_size() > 2**25
+    for n, offset in ((1, 0), (2, 8), (2, 3)):
+        threads(n)
+        y = ops.apply(x, key, 0.5, 2.0, strides, offset)
+        z = x.clone()
+        ops.apply_(z, key, 0.5, 2.0, strides, offset)
+        assert_same_bits(y, z)
+        last = tuple(n - 1 for n in shape)
+        index = sum(i * s for i, s in zip(last, strides, strict=True)) + offset
+        assert_same_bits(y[last], reference.apply(x[last], key, 0.5, 2.0, [], index))
+        del y, z
+    keys = reference.split(key, shape[0]) if shape[0] < 100 else None
+    if keys is not None:
+        z = x.clone()
+        ops.apply_(z, keys, 0.5, 2.0, strides, 0)
+        assert_same_bits(ops.apply(x, keys, 0.5, 2.0, strides, 0), z)
 
 
 def test_many_dimensions(key):
