@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -92,7 +93,12 @@ def run_worker(environment, on_gpu, sections, args, progress, seconds):
         worker = subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True
         )
+        # What came before a hang still reaches the CSV.
+        limit = threading.Timer(seconds + 20 if on_gpu else 1800, worker.kill)
+        limit.start()
         for line in worker.stdout:
+            if not line.endswith("\n"):  # cut short
+                break
             message = json.loads(line)
             if "total" in message:
                 label = f"{message.get('section', '')} ({where})"
@@ -106,6 +112,7 @@ def run_worker(environment, on_gpu, sections, args, progress, seconds):
             elif "step" in message:
                 progress.advance(task)
         failed = worker.wait() != 0
+        limit.cancel()
         errors.seek(0)
         log = errors.read()
     progress.remove_task(task)

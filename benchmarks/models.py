@@ -201,7 +201,7 @@ def run(emit, quick, device):
             side: step_of(model, loss, inputs, context)
             for side, (_, model, context) in sides.items()
         }
-        seconds = interleave(list(steps.values()), rounds)
+        seconds = interleave(list(steps.values()), rounds, warmup=1)
         by_name = dict(zip(steps, seconds.T, strict=True))
         common = {
             "section": "models",
