@@ -113,7 +113,7 @@ def test_large_transposed(key, threads):
     ],
 )
 def test_outputs_beyond_the_caches(shape, strides, dtype, key, threads):
-    """Over 32 MiB the output is written past the caches, which in place never happens."""
+    """A large output is written past the caches, which in place never happens."""
     x = random_tensor((1000,), dtype).repeat(-(-math.prod(shape) // 1000))
     x = x[: math.prod(shape)].view(shape)
     assert x.numel() * x.element_size() > 2**25
