@@ -234,7 +234,7 @@ def fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 
 def fold_in(key: Tensor, n: int | Tensor) -> Tensor:
-    """The key for step, rank or slice n, of shape and dtype of `key`; (*n.shape, 2) for a tensor."""
+    """The key for step, rank or slice n: like `key`, or (*n.shape, 2) for a tensor n."""
     seed, offset = _seed_offset(key)
     counter = offset + (n if isinstance(n, Tensor) else _wrap(n))
     zero = torch.zeros_like(counter)
