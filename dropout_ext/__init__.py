@@ -4,6 +4,7 @@ import torch  # noqa: F401  (the libraries that _C links to)
 
 from . import functional
 from ._C import build_info
+from .convert import convert, dropout_summary, revert
 from .functional import dropout, keep_mask
 from .keys import fold_in, key, split
 from .modules import (
@@ -16,6 +17,8 @@ from .modules import (
     FeatureAlphaDropout,
     LockedDropout,
 )
+from .monte_carlo import monte_carlo
+from .override import override
 
 __version__ = build_info()["version"]
 
@@ -29,10 +32,15 @@ __all__ = [
     "FeatureAlphaDropout",
     "LockedDropout",
     "build_info",
+    "convert",
     "dropout",
+    "dropout_summary",
     "fold_in",
     "functional",
     "keep_mask",
     "key",
+    "monte_carlo",
+    "override",
+    "revert",
     "split",
 ]

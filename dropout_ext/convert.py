@@ -1,0 +1,145 @@
+"""The dropout modules of a model turned into ours and back."""
+
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from . import modules
+
+__all__ = ["DropoutSummary", "SummaryRow", "convert", "dropout_summary", "revert"]
+
+_OURS = {
+    nn.Dropout: modules.Dropout,
+    nn.Dropout1d: modules.Dropout1d,
+    nn.Dropout2d: modules.Dropout2d,
+    nn.Dropout3d: modules.Dropout3d,
+    nn.AlphaDropout: modules.AlphaDropout,
+    nn.FeatureAlphaDropout: modules.FeatureAlphaDropout,
+}
+_TORCH = {ours: torch for torch, ours in _OURS.items()}
+_ALL_OURS = (*_TORCH, modules.DropPath, modules.LockedDropout)
+_EXTRA = ("generator", "broadcast_dims")  # what the modules of torch.nn lack
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Turns every dropout module of `torch.nn` in `model` into ours, in place; returns `model`.
+
+    Only the class of a module changes, so its identity, p, inplace, training flag, hooks, names in
+    the state dict and places of use stay. Subclasses of `torch.nn` classes are left alone, as are
+    scripted modules and modules whose instance has a `forward` of its own: `dropout_summary` lists
+    them. Functional calls are no modules: see `dropout_ext.override`.
+
+    A model under `torch.compile` is compiled anew at its next call. DistributedDataParallel and
+    FSDP keep working, before and after wrapping; only a dropout module that is itself an argument
+    of `fully_shard` has a class of FSDP's own by then: convert it before.
+
+    TypeError if `model` is no module.
+    """
+    for module in _modules("convert", model):
+        if _obstacle(module) is None and type(module) in _OURS:
+            module.__class__ = _OURS[type(module)]
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undoes `convert`, in place; returns `model`.
+
+    Left alone is what `torch.nn` has no counterpart of: DropPath, LockedDropout, and modules with a
+    generator or with shared dimensions.
+    """
+    for module in _modules("revert", model):
+        if type(module) in _TORCH and not any(vars(module).get(name) for name in _EXTRA):
+            module.__class__ = _TORCH[type(module)]
+    return model
+
+
+class SummaryRow(NamedTuple):
+    name: str  # as in named_modules()
+    type: str
+    p: float | None
+    state: str  # "converted", "to convert" or "left"
+    reason: str  # why it is left, else empty
+
+
+class DropoutSummary(list[SummaryRow]):
+    """One row per module that drops; as a string, a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no dropout modules"
+        table = [("module", "type", "p", "state", "reason")]
+        for row in self:
+            table.append((row.name or "(model)", row.type, f"{row.p}", row.state, row.reason))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in table
+        )
+
+
+def dropout_summary(model: nn.Module) -> DropoutSummary:
+    """The modules of `model` that drop: what is ours already ("converted"), what `convert` would
+    turn into ours ("to convert"), what it leaves ("left"), and why.
+
+    Functional calls in a model's own code cannot be listed. `print` shows a table.
+    """
+    rows = DropoutSummary()
+    _modules("dropout_summary", model)
+    for name, module in model.named_modules():
+        p = getattr(module, "p", getattr(module, "drop_prob", None))
+        if isinstance(module, _ALL_OURS):
+            state, reason = "converted", ""
+        elif type(module) in _OURS:
+            reason = _obstacle(module)
+            state, reason = ("to convert", "") if reason is None else ("left", reason)
+        elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+            p = module.dropout
+            if p == 0:
+                continue
+            state, reason = "left", _INSIDE[isinstance(module, nn.RNNBase)]
+        elif is_dropout(module):
+            state, reason = "left", _obstacle(module) or _foreign(module)
+        else:
+            continue
+        rows.append(SummaryRow(name, type(module).__name__, p, state, reason))
+    return rows
+
+
+_INSIDE = {
+    True: "drops between its layers inside C++, out of reach",
+    False: "drops from its attention weights by a functional call: use override()",
+}
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether a module drops when it trains, by its class or, for classes of other libraries, its
+    name.
+    """
+    name = getattr(module, "original_name", type(module).__name__).lower()
+    return isinstance(module, (_DropoutNd, modules.DropPath)) or any(
+        part in name for part in ("dropout", "droppath", "stochasticdepth")
+    )
+
+
+def _foreign(module: nn.Module) -> str:
+    for base in type(module).__mro__[1:]:
+        if base in _OURS:
+            return f"a subclass of nn.{base.__name__}, which may have its own ways"
+    return "not a module of torch.nn"
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    if hasattr(module, "original_name"):
+        return "scripted: convert before torch.jit.script"
+    if "forward" in vars(module):
+        return "its instance has a forward of its own, which a new class would not change"
+    return None
+
+
+def _modules(function: str, model: nn.Module):
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{function}(): argument 'model' must be torch.nn.Module, not {type(model).__name__}"
+        )
+    return model.modules()

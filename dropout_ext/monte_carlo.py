@@ -1,0 +1,147 @@
+"""Monte Carlo dropout: predictions with dropout on, as samples of an approximate posterior.
+
+Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import keys
+from .convert import is_dropout
+
+__all__ = ["monte_carlo", "predict"]
+
+# The training flag of these decides about dropout and about nothing else that changes a result. Of
+# TransformerEncoderLayer it decides about the fast path, which drops nothing.
+_DROP_INSIDE = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+@contextlib.contextmanager
+def monte_carlo(
+    model: nn.Module, also: Sequence[nn.Module | type[nn.Module]] = ()
+) -> Iterator[nn.Module]:
+    """`with monte_carlo(model):` runs `model` in eval mode with its dropout on: dropout modules of
+    any library, `nn.LSTM` and the like, and `nn.MultiheadAttention`. Batch norm stays in eval mode.
+    At the end every module has its own mode back.
+
+    also: further modules, or classes of modules, to keep in training mode, such as those that call
+        functional dropout by their own `training`. Their submodules are not included.
+
+    TypeError if `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"monte_carlo(): argument 'model' must be torch.nn.Module, not {type(model).__name__}"
+        )
+    types = tuple(entry for entry in also if isinstance(entry, type))
+    chosen = {id(entry) for entry in also}
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = (
+                is_dropout(module)
+                or isinstance(module, _DROP_INSIDE + types)
+                or id(module) in chosen
+            )
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def predict(
+    model: nn.Module,
+    x: Tensor,
+    samples: int,
+    key: Tensor | None = None,
+    *,
+    batch: int | None = None,
+    also: Sequence[nn.Module | type[nn.Module]] = (),
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of `model(x)` over `samples` draws of its dropout, no gradients.
+
+    x: the batch in dimension 0, as in the output of `model`.
+    samples: number of draws, at least 2.
+    key: shape (2,), from `dropout_ext.key`. Seeds all that the model draws, inside of
+        `torch.random.fork_rng`, so that the same key, samples and batch give the same result and
+        the generators stay as they are. By its low 32 bits only, on the CPU: PyTorch's generator
+        takes no more. None draws from the generators.
+    batch: samples per pass, which takes batch * x.shape[0] rows. None tries all in one pass, and
+        half as many as often as memory runs out. Masks that are shared along dimension 0 take 1.
+    also: as in `monte_carlo`.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"predict(): argument 'x' must be Tensor, not {type(x).__name__}")
+    if x.dim() == 0:
+        raise ValueError("predict(): argument 'x' has 0 dimensions, but at least 1 is needed")
+    for name, value, least in (("samples", samples, 2), ("batch", batch, 1)):
+        if value is None and name == "batch":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"predict(): argument '{name}' must be int, not {type(value).__name__}")
+        if value < least:
+            raise ValueError(
+                f"predict(): argument '{name}' is {value}, but accepted are integers from {least}"
+            )
+    with monte_carlo(model, also), torch.no_grad():
+        per_pass = min(batch or samples, samples)
+        while True:
+            try:
+                with _seeded(model, x, key):
+                    return _mean_and_std(model, x, samples, per_pass)
+            except RuntimeError as error:
+                if batch is not None or per_pass == 1 or not _out_of_memory(error):
+                    raise
+            per_pass = (per_pass + 1) // 2
+
+
+def _mean_and_std(model, x, samples, per_pass):
+    outputs = []
+    for start in range(0, samples, per_pass):
+        n = min(per_pass, samples - start)
+        y = model(x.repeat(n, *[1] * (x.dim() - 1)))
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                "predict(): argument 'model' must return a Tensor, not "
+                f"{type(y).__name__}: wrap it in a module that does"
+            )
+        if y.dim() == 0 or y.size(0) != n * x.size(0):
+            raise ValueError(
+                f"predict(): argument 'model' returned shape {tuple(y.shape)} for {n * x.size(0)} "
+                "rows, but accepted is the batch in dimension 0"
+            )
+        outputs.append(y.unflatten(0, (n, x.size(0))))
+    y = torch.cat(outputs)
+    compute = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
+    std, mean = torch.std_mean(compute, 0)
+    return mean.to(y.dtype), std.to(y.dtype)
+
+
+@contextlib.contextmanager
+def _seeded(model, x, key):
+    if key is None:
+        yield
+        return
+    # Keys may count up, and PyTorch's CPU generator reads 32 bits of a seed.
+    seed = int(keys.fold_in(key, 0)[0].item()) % 2**64
+    devices = {t.device for t in (x, *model.parameters(), *model.buffers())}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([]))
+        torch.default_generator.manual_seed(seed)
+        for device in devices - {torch.device("cpu")}:
+            stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
+            with torch.get_device_module(device).device(device):
+                torch.get_device_module(device).manual_seed(seed)
+        yield
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+# dropout_ext.monte_carlo names the function and this module.
+monte_carlo.monte_carlo = monte_carlo
+monte_carlo.predict = predict
