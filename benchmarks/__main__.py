@@ -41,12 +41,12 @@ IN_ENVIRONMENT = {
 ON_GPU = ("statistics", "models", "training")
 
 
-def plan(names, gpu, gpu_only, variants):
+def plan(names, gpu, gpu_only, variants, quick):
     """(environment, on the GPU, sections) of every worker, in order."""
     here = [name for name in names if name in IN_ENVIRONMENT["default"]]
     if not gpu_only:
         for environment in ENVIRONMENTS:
-            if environment in ("avx2", "portable") and environment not in variants:
+            if environment in ("avx2", "portable") and (quick or environment not in variants):
                 continue
             sections = [name for name in names if name in IN_ENVIRONMENT[environment]]
             if sections:
@@ -160,7 +160,7 @@ def main(argv=None):
     began = time.monotonic()
     budget = args.seconds or (220 if args.gpu else 100)
     commit, rows, notes, ok = record.commit(), [], [], True
-    workers = list(plan(names, gpu, args.gpu, info.get("cpu_variants", ())))
+    workers = list(plan(names, gpu, args.gpu, info.get("cpu_variants", ()), args.quick))
     with progress_bar(console) as progress:
         whole = progress.add_task("processes", total=len(workers))
         for environment, on_gpu, sections in workers:
