@@ -40,9 +40,9 @@ def recomputed(use_reentrant, f=layer):
         x = x.detach().requires_grad_()
         y = checkpoint(f, x, use_reentrant=use_reentrant)
         torch.rand(3)
-        (gradient,) = torch.autograd.grad(y, x, x)
-        assert_same_bits(gradient, y.detach())
-        return gradient
+        y.backward(x)  # reentrant checkpoints take no torch.autograd.grad
+        assert_same_bits(x.grad, y.detach())
+        return x.grad
 
     return run
 
