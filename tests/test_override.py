@@ -168,7 +168,9 @@ def test_attention(shape, mask, scale, dtype):
 
 
 def test_attention_is_pytorchs_where_nothing_is_dropped():
-    """p = 1e-12 keeps all: PyTorch's own p = 0 is the oracle, autocast and grouped heads too."""
+    """p = 1e-12 keeps all, in PyTorch too: its math path is the oracle, autocast included. In
+    bfloat16 over 97% of the elements agree to the bit, both being rounded once.
+    """
     q, kv = random_tensor((2, 4, 7, 8)), random_tensor((2, 2, 9, 8), seed=1)
     mask = random_tensor((7, 9), seed=2)
     calls = [
@@ -181,13 +183,15 @@ def test_attention_is_pytorchs_where_nothing_is_dropped():
     ]
     for autocast, (n, call) in itertools.product((False, True), enumerate(calls)):
         with torch.autocast("cpu", enabled=autocast):
-            expected = call(0.0)
+            expected = call(1e-12)
             with override(), Operators() as operators:
                 actual = call(1e-12)
         assert operators.who == "ours", n
         assert actual.dtype == expected.dtype
-        loose = 1e-5 if expected.dtype != torch.bfloat16 else 2e-2
+        loose = 1e-5 if expected.dtype != torch.bfloat16 else 1e-2
         assert torch.allclose(actual, expected, rtol=loose, atol=loose), n
+        if expected.dtype == torch.bfloat16:
+            assert (actual == expected).float().mean() > 0.97, n
 
 
 def test_pytorch_takes_its_math_path_on_the_cpu():

@@ -1,0 +1,1 @@
+"""What dropout does, on data that comes with a package."""
