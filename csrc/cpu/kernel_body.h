@@ -1,6 +1,6 @@
 // The body of the CPU kernel, included once per instruction set, inside that set's namespace and
 // under its target attribute, behind a simd_*.h that defines
-//   Keep        keep decisions of 16 elements; keep_from_bits, keep_to_bits, keep_all
+//   Keep        keep decisions of 16 elements; keep_from_bits, keep_to_bits, store_bytes
 //   F32, F64    16 elements in the compute type; load, store, splat, mul, fma, select,
 //   keep_or_zero;
 //               stream, a store past the caches to an address aligned to the vector
