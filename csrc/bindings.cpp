@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/kernel.h"
 #include "draw.h"
 #include "mask.h"
@@ -93,32 +94,6 @@ at::Tensor no_key() {
   return key;
 }
 
-struct Call {
-  at::Tensor input;
-  at::Tensor key;
-  double p;
-  double scale;
-  std::vector<c10::SymInt> mask_strides;
-  int64_t mask_offset = 0;
-  bool affine = false;
-  double bias = 0;
-  double dropped = 0;
-
-  void in_place() {
-    if (affine) {
-      apply_affine_(input, key, p, scale, bias, dropped, mask_strides, mask_offset);
-    } else {
-      apply_(input, key, p, scale, mask_strides, mask_offset);
-    }
-  }
-  at::Tensor run() const {
-    if (affine) {
-      return apply_affine(input, key, p, scale, bias, dropped, mask_strides, mask_offset);
-    }
-    return apply(input, key, p, scale, mask_strides, mask_offset);
-  }
-};
-
 PyDoc_STRVAR(eager_doc,
              "eager(input, p, training, inplace, key, generator, scale=None, affine=None, "
              "mask_strides=None, mask_offset=0)\n\n"
@@ -138,49 +113,47 @@ PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
     }
     Py_RETURN_NOTIMPLEMENTED;
   }
-  Call call;
-  call.p = unpack_probability(args[1]);
-  check_probability(call.p);
-  const at::Tensor& input = THPVariable_Unpack(args[0]);
+  const double p = unpack_probability(args[1]);
+  check_probability(p);
+  at::Tensor input = THPVariable_Unpack(args[0]);
   if (args[2] != Py_True && !PyObject_IsTrue(args[2])) return Py_NewRef(args[0]);
-  if (call.p == 0 || input.numel() == 0) return Py_NewRef(args[0]);
-  call.affine = optional(7) != Py_None;
-  check_input(input, call.affine);
+  if (p == 0 || input.numel() == 0) return Py_NewRef(args[0]);
+  std::optional<Affine> affine;
+  if (optional(7) != Py_None) {
+    affine = {PyFloat_AsDouble(PyTuple_GetItem(args[7], 0)),
+              PyFloat_AsDouble(PyTuple_GetItem(args[7], 1))};
+    if (PyErr_Occurred()) throw python_error();
+  }
+  check_input(input, affine.has_value());
   const bool inplace = args[3] != Py_False && PyObject_IsTrue(args[3]);
   const bool has_key = args[4] != Py_None;
   const std::optional<at::Generator> generator = unpack_generator(args[5]);
   TORCH_CHECK_VALUE(!(has_key && generator),
                     "dropout(): arguments 'key' and 'generator' exclude each other: a key is "
                     "drawn from a generator only where none is given");
+  at::Tensor key;
   if (has_key) {
-    call.key = unpack_tensor(args[4], "key", "a Tensor (dropout_ext.key makes one)");
-    check_key(call.key, input);
+    key = unpack_tensor(args[4], "key", "a Tensor (dropout_ext.key makes one)");
+    check_key(key, input);
   }
-  call.input = input;
-  call.scale =
-      optional(6) != Py_None ? unpack_probability(args[6]) : (call.p < 1 ? 1 / (1 - call.p) : 0);
-  if (call.affine) {
-    call.bias = PyFloat_AsDouble(PyTuple_GetItem(args[7], 0));
-    call.dropped = PyFloat_AsDouble(PyTuple_GetItem(args[7], 1));
-    if (PyErr_Occurred()) throw python_error();
-  }
-  if (n > 8) {
-    call.mask_strides = unpack_strides(args[8]);
-    check_mask_strides(input, static_cast<int64_t>(call.mask_strides.size()));
-  }
-  if (n > 9) call.mask_offset = py::cast<int64_t>(args[9]);
+  const double scale =
+      optional(6) != Py_None ? unpack_probability(args[6]) : (p < 1 ? 1 / (1 - p) : 0);
+  const std::vector<c10::SymInt> mask_strides = unpack_strides(optional(8));
+  check_mask_strides(input, static_cast<int64_t>(mask_strides.size()));
+  const int64_t mask_offset = n > 9 ? py::cast<int64_t>(args[9]) : 0;
   at::Tensor out;
   {
     const py::gil_scoped_release no_gil;
     if (inplace) {
       // Errors before the draw, so that a call that fails leaves the generator alone.
-      check_writable(call.input);
+      check_writable(input);
     }
-    if (!has_key) call.key = call.p == 1 ? no_key() : draw_key(generator, input.device());
+    if (!has_key) key = p == 1 ? no_key() : draw_key(generator, input.device());
+    const Call call{key, p, scale, mask_strides, mask_offset, affine};
     if (inplace) {
-      call.in_place();
+      call.apply_(input);
     } else {
-      out = call.run();
+      out = call.apply(input);
     }
   }
   return inplace ? Py_NewRef(args[0]) : THPVariable_Wrap(std::move(out));

@@ -14,6 +14,7 @@ outside [0, 1], for a key of the wrong shape or device, for both key and generat
 wrong type or dtype.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -40,6 +41,31 @@ __all__ = [
 # The limit of SELU at minus infinity, negated: scale * alpha of Klambauer, Unterthiner, Mayr and
 # Hochreiter, "Self-normalizing neural networks", NeurIPS 2017.
 SELU_LIMIT = 1.7580993408473766
+
+
+def _overridden(function, input, args, kwargs):
+    """The call as the `__torch_function__` of `input` has it."""
+    if isinstance(input, torch.fx.Proxy) and input.tracer.module_stack:
+        # A module of ours is a leaf of torch.fx.symbolic_trace, as those of torch.nn are, so that
+        # train() and eval() still reach it.
+        path, kind = next(reversed(input.tracer.module_stack.values()))
+        if getattr(kind, "__module__", None) == f"{__package__}.modules":
+            key = {} if kwargs.get("key") is None else {"key": kwargs["key"]}
+            return input.tracer.create_proxy("call_module", path, (input,), key)
+    return handle_torch_function(function, (input,), input, *args, **kwargs)
+
+
+def _overridable(function):
+    """A function of tensors that first asks what stands for one, as those of torch.nn do."""
+
+    @functools.wraps(function)
+    def public(input, *args, **kwargs):
+        if has_torch_function_unary(input):
+            return _overridden(public, input, args, kwargs)
+        _check_tensor(input)
+        return function(input, *args, **kwargs)
+
+    return public
 
 
 def dropout(
@@ -72,10 +98,12 @@ def dropout(
         if out is not NotImplemented:
             return out
     if has_torch_function_unary(input):
-        return _overridden(
-            dropout, input, p=p, training=training, inplace=inplace, key=key, generator=generator,
-            broadcast_dims=broadcast_dims, mask_strides=mask_strides, mask_offset=mask_offset,
-        )  # fmt: skip
+        arguments = {
+            "p": p, "training": training, "inplace": inplace, "key": key, "generator": generator,
+            "broadcast_dims": broadcast_dims, "mask_strides": mask_strides,
+            "mask_offset": mask_offset,
+        }  # fmt: skip
+        return _overridden(dropout, input, (), arguments)
     _check_tensor(input)
     strides = None
     if broadcast_dims is not None or mask_strides is not None:
@@ -83,6 +111,7 @@ def dropout(
     return _run(input, p, training, inplace, key, generator, None, None, strides, mask_offset)
 
 
+@_overridable
 def dropout1d(
     input: Tensor,
     p: float = 0.5,
@@ -93,12 +122,6 @@ def dropout1d(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """`torch.nn.functional.dropout1d`: drops whole channels of (N, C, L) or (C, L)."""
-    if has_torch_function_unary(input):
-        return _overridden(
-            dropout1d, input, p=p, training=training, inplace=inplace, key=key,
-            generator=generator,
-        )  # fmt: skip
-    _check_tensor(input)
     _check_probability(p)
     if input.dim() not in (2, 3):
         raise RuntimeError(
@@ -110,6 +133,7 @@ def dropout1d(
     return _features(input, input.dim() == 3, p, training, inplace, key, generator)
 
 
+@_overridable
 def dropout2d(
     input: Tensor,
     p: float = 0.5,
@@ -123,15 +147,9 @@ def dropout2d(
 
     As there, a 3-D input is taken as (N, C, L), with a warning.
     """
-    if has_torch_function_unary(input):
-        return _overridden(
-            dropout2d, input, p=p, training=training, inplace=inplace, key=key,
-            generator=generator,
-        )  # fmt: skip
-    _check_tensor(input)
     _check_probability(p)
     if input.dim() not in (3, 4):
-        warnings.warn(_deprecated("dropout2d", input.dim(), 2, "3D or 4D"), stacklevel=2)
+        warnings.warn(_deprecated("dropout2d", input.dim(), 2, "3D or 4D"), stacklevel=3)
     if input.dim() == 3:
         warnings.warn(
             "dropout2d: Received a 3D input to dropout2d and assuming that channel-wise "
@@ -139,11 +157,12 @@ def dropout2d(
             "is the channel dim. This behavior will change in a future release to interpret the "
             "input as one without a batch dimension, i.e. shape (C, H, W). To maintain the 1D "
             "channel-wise dropout behavior, please switch to using dropout1d instead.",
-            stacklevel=2,
+            stacklevel=3,
         )
     return _features(input, True, p, training, inplace, key, generator)
 
 
+@_overridable
 def dropout3d(
     input: Tensor,
     p: float = 0.5,
@@ -154,18 +173,13 @@ def dropout3d(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """`torch.nn.functional.dropout3d`: drops whole channels of (N, C, D, H, W) or (C, D, H, W)."""
-    if has_torch_function_unary(input):
-        return _overridden(
-            dropout3d, input, p=p, training=training, inplace=inplace, key=key,
-            generator=generator,
-        )  # fmt: skip
-    _check_tensor(input)
     _check_probability(p)
     if input.dim() not in (4, 5):
-        warnings.warn(_deprecated("dropout3d", input.dim(), 3, "4D or 5D"), stacklevel=2)
+        warnings.warn(_deprecated("dropout3d", input.dim(), 3, "4D or 5D"), stacklevel=3)
     return _features(input, input.dim() == 5, p, training, inplace, key, generator)
 
 
+@_overridable
 def alpha_dropout(
     input: Tensor,
     p: float = 0.5,
@@ -178,17 +192,12 @@ def alpha_dropout(
     """`torch.nn.functional.alpha_dropout`: keep ? a * input + b : a * alpha' + b, which keeps zero
     mean and unit variance (Klambauer et al., "Self-normalizing neural networks", section 3).
     """
-    if has_torch_function_unary(input):
-        return _overridden(
-            alpha_dropout, input, p=p, training=training, inplace=inplace, key=key,
-            generator=generator,
-        )  # fmt: skip
-    _check_tensor(input)
     _check_probability(p)
     scale, affine = _alpha(p)
     return _run(input, p, training, inplace, key, generator, scale, affine, None, 0)
 
 
+@_overridable
 def feature_alpha_dropout(
     input: Tensor,
     p: float = 0.5,
@@ -199,17 +208,12 @@ def feature_alpha_dropout(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """`torch.nn.functional.feature_alpha_dropout`: `alpha_dropout` of whole channels."""
-    if has_torch_function_unary(input):
-        return _overridden(
-            feature_alpha_dropout, input, p=p, training=training, inplace=inplace,
-            key=key, generator=generator,
-        )  # fmt: skip
-    _check_tensor(input)
     _check_probability(p)
     scale, affine = _alpha(p)
     return _features(input, True, p, training, inplace, key, generator, scale, affine)
 
 
+@_overridable
 def drop_path(
     input: Tensor,
     drop_prob: float = 0.0,
@@ -226,12 +230,6 @@ def drop_path(
 
     Huang, Sun, Liu, Sedra, Weinberger, "Deep networks with stochastic depth", ECCV 2016.
     """
-    if has_torch_function_unary(input):
-        return _overridden(
-            drop_path, input, drop_prob=drop_prob, training=training,
-            scale_by_keep=scale_by_keep, inplace=inplace, key=key, generator=generator,
-        )  # fmt: skip
-    _check_tensor(input)
     _check_probability(drop_prob)
     if input.dim() == 0:
         raise ValueError("drop_path(): argument 'input' has 0 dimensions, but at least 1 is needed")
@@ -240,6 +238,7 @@ def drop_path(
     return _run(input, drop_prob, training, inplace, key, generator, scale, None, strides, 0)
 
 
+@_overridable
 def locked_dropout(
     input: Tensor,
     p: float = 0.5,
@@ -255,12 +254,6 @@ def locked_dropout(
     Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks",
     NeurIPS 2016.
     """
-    if has_torch_function_unary(input):
-        return _overridden(
-            locked_dropout, input, p=p, dim=dim, training=training, inplace=inplace,
-            key=key, generator=generator,
-        )  # fmt: skip
-    _check_tensor(input)
     _check_probability(p)
     strides = _mask_strides(input.shape, (dim,), name="dim")
     return _run(input, p, training, inplace, key, generator, None, None, strides, 0)
@@ -292,18 +285,6 @@ def keep_mask(
     if device is not None:
         device = torch.device(device)
     return _ops.ops.keep_mask(key, p, shape, strides, _wrap(mask_offset), device=device)
-
-
-def _overridden(function, input, **kwargs):
-    """The call as the `__torch_function__` of `input` has it."""
-    if isinstance(input, torch.fx.Proxy) and input.tracer.module_stack:
-        # A module of ours is a leaf of torch.fx.symbolic_trace, as those of torch.nn are, so that
-        # train() and eval() still reach it.
-        path, kind = next(reversed(input.tracer.module_stack.values()))
-        if getattr(kind, "__module__", None) == f"{__package__}.modules":
-            key = {} if kwargs["key"] is None else {"key": kwargs["key"]}
-            return input.tracer.create_proxy("call_module", path, (input,), key)
-    return handle_torch_function(function, (input,), input, **kwargs)
 
 
 def _check_tensor(input: Tensor) -> None:

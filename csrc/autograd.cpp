@@ -1,0 +1,171 @@
+// The operator is linear in its input, so its backward is itself applied to the gradient: only the
+// key is saved, and double backward needs nothing more.
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "ops.h"
+
+namespace dropout_ext {
+
+using at::Tensor;
+using c10::SymInt;
+using c10::SymIntArrayRef;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+namespace {
+
+// 16 bytes of key and the numbers of the call. What every backward of the family needs: that of an
+// affine call scales by the same factor and adds nothing.
+void save(AutogradContext* ctx, const Call& call) {
+  ctx->save_for_backward({call.key});
+  ctx->saved_data["p"] = call.p;
+  ctx->saved_data["scale"] = call.scale;
+  if (!call.mask_strides.empty()) ctx->saved_data["mask_strides"] = call.mask_strides;
+  if (call.mask_offset != 0) ctx->saved_data["mask_offset"] = call.mask_offset;
+}
+
+variable_list apply_to_gradient(AutogradContext* ctx, const variable_list& grads) {
+  if (!grads[0].defined()) return {Tensor(), Tensor()};
+  const Tensor key = ctx->get_saved_variables()[0];
+  const auto find = [ctx](const char* name) -> const c10::IValue* {
+    const auto it = ctx->saved_data.find(name);
+    return it == ctx->saved_data.end() ? nullptr : &it->second;
+  };
+  std::vector<SymInt> strides;
+  if (const auto* saved = find("mask_strides")) {
+    for (const c10::IValue& stride : saved->toListRef()) strides.push_back(stride.toSymInt());
+  }
+  const auto* offset = find("mask_offset");
+  const Call call{key, find("p")->toDouble(), find("scale")->toDouble(), strides,
+                  offset ? offset->toSymInt() : SymInt(0)};
+  return {call.apply(grads[0]), Tensor()};
+}
+
+struct ApplyFunction : torch::autograd::Function<ApplyFunction> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Call& call) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    save(ctx, call);
+    return call.apply(input);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return apply_to_gradient(ctx, grads);
+  }
+};
+
+struct ApplyInplaceFunction : torch::autograd::Function<ApplyInplaceFunction> {
+  static constexpr bool is_traceable = true;
+  static Tensor forward(AutogradContext* ctx, Tensor input, const Call& call) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    save(ctx, call);
+    ctx->mark_dirty({input});
+    call.apply_(input);
+    return input;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return apply_to_gradient(ctx, grads);
+  }
+};
+
+// functorch rejects a C++ Function, and forward mode would silently lose the tangent in one: where
+// either is at work, differentiable operators are composed instead.
+bool needs_composition(const Tensor& input) {
+  return c10::impl::tls_is_dispatch_key_included(
+             c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         input._fw_grad(/*level=*/0).defined();
+}
+
+std::vector<SymInt> row_major(SymIntArrayRef sizes) {
+  std::vector<SymInt> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  return strides;
+}
+
+Tensor compose(const Tensor& input, const Call& call) {
+  static const auto keep_mask =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("dropout_ext::keep_mask", "")
+          .typed<Tensor(const Tensor&, double, SymIntArrayRef, SymIntArrayRef, SymInt,
+                        std::optional<at::Device>)>();
+  const auto sizes = input.sym_sizes();
+  std::vector<SymInt> row_major_strides;
+  SymIntArrayRef strides = call.mask_strides;
+  if (strides.empty()) strides = row_major_strides = row_major(sizes);
+  const Tensor mask =
+      keep_mask.call(call.key, call.p, sizes, strides, call.mask_offset, input.device());
+  if (!call.affine) return at::where(mask, input * call.scale, 0);
+  // A multiply and an add, where the kernels have one fused operation: the last bit may differ.
+  const auto dtype = input.scalar_type();
+  const Tensor x = dtype == at::kHalf || dtype == at::kBFloat16 ? input.to(at::kFloat) : input;
+  return at::where(mask, x * call.scale + call.affine->bias, call.affine->dropped).to(dtype);
+}
+
+bool needs_graph(const Tensor& input) {
+  return at::GradMode::is_enabled() && input.requires_grad();
+}
+
+Tensor run(const Tensor& input, const Call& call) {
+  if (needs_composition(input)) return compose(input, call);
+  if (needs_graph(input)) return ApplyFunction::apply(input, call);
+  const at::AutoDispatchBelowAutograd guard;
+  return call.apply(input);
+}
+
+void run_(Tensor& input, const Call& call) {
+  if (needs_composition(input)) {
+    input.copy_(call.apply(input));
+    return;
+  }
+  if (needs_graph(input)) {
+    torch::autograd::check_inplace(input, true);
+    ApplyInplaceFunction::apply(input, call);
+    return;
+  }
+  const at::AutoDispatchBelowAutograd guard;
+  call.apply_(input);
+}
+
+// Without a graph nothing else bumps the version of what was written.
+void bump_(Tensor& input, const Call& call) {
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    call.apply_(input);
+  }
+  torch::autograd::increment_version(input);
+}
+
+// The operators' signatures around a function of an input and a call.
+
+template <auto function, class Input>
+auto plain(Input input, const Tensor& key, double p, double scale, SymIntArrayRef mask_strides,
+           SymInt mask_offset) {
+  return function(input, {key, p, scale, mask_strides, std::move(mask_offset)});
+}
+
+template <auto function, class Input>
+auto affine(Input input, const Tensor& key, double p, double scale, double bias, double dropped,
+            SymIntArrayRef mask_strides, SymInt mask_offset) {
+  return function(input,
+                  {key, p, scale, mask_strides, std::move(mask_offset), Affine{bias, dropped}});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dropout_ext, Autograd, m) {
+  m.impl("apply", plain<run, const Tensor&>);
+  m.impl("apply_", plain<run_, Tensor&>);
+  m.impl("apply_affine", affine<run, const Tensor&>);
+  m.impl("apply_affine_", affine<run_, Tensor&>);
+}
+
+TORCH_LIBRARY_IMPL(dropout_ext, ADInplaceOrView, m) {
+  m.impl("apply_", plain<bump_, Tensor&>);
+  m.impl("apply_affine_", affine<bump_, Tensor&>);
+}
+
+}  // namespace dropout_ext

@@ -1,0 +1,57 @@
+#include "checks.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+
+namespace dropout_ext {
+
+using at::Tensor;
+using c10::SymInt;
+
+void check_probability(double p) {
+  // Worded as torch.nn does; NaN fails the comparison too.
+  TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ", p);
+}
+
+void check_input(const Tensor& input, bool affine) {
+  const auto dtype = input.scalar_type();
+  const bool real =
+      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16;
+  const bool complex = dtype == at::kComplexDouble || dtype == at::kComplexFloat;
+  TORCH_CHECK_TYPE(real || (complex && !affine), "dropout(): argument 'input' has dtype torch.",
+                   c10::getDtypeNames(dtype).first, ", but accepted are float64, float32, float16",
+                   affine ? " and bfloat16" : ", bfloat16, complex128 and complex64");
+  TORCH_CHECK_TYPE(input.layout() == at::kStrided, "dropout(): argument 'input' has layout ",
+                   input.layout(), ", but accepted are strided tensors");
+}
+
+void check_key(const Tensor& key, const Tensor& input) {
+  const auto dtype = key.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kUInt64 || dtype == at::kLong,
+                   "dropout(): argument 'key' has dtype torch.", c10::getDtypeNames(dtype).first,
+                   ", but accepted are uint64 and int64 (dropout_ext.key makes one)");
+  const auto sizes = key.sym_sizes();
+  const bool single = sizes.size() == 1 && sizes[0] == 2;
+  const bool batched =
+      sizes.size() == 2 && sizes[1] == 2 && input.dim() > 0 && sizes[0] == input.sym_size(0);
+  TORCH_CHECK_VALUE(single || batched, "dropout(): argument 'key' has shape ", sizes,
+                    ", but accepted are (2,) and, for one key per slice of dimension 0, (",
+                    input.dim() > 0 ? input.sym_size(0) : SymInt(0), ", 2)");
+  TORCH_CHECK_VALUE(key.device().is_cpu() || key.device() == input.device(),
+                    "dropout(): argument 'key' is on ", key.device(),
+                    ", but accepted are the CPU and the device of the input, ", input.device());
+}
+
+void check_mask_strides(const Tensor& input, int64_t n_strides) {
+  TORCH_CHECK_VALUE(n_strides == 0 || n_strides == input.dim(),
+                    "dropout(): argument 'mask_strides' has ", n_strides,
+                    " entries, but accepted are one per dimension of the input, ", input.dim(),
+                    ", or none for row-major");
+}
+
+void check_writable(const Tensor& input) {
+  at::assert_no_internal_overlap(input);
+  if (at::GradMode::is_enabled()) torch::autograd::check_inplace(input, input.requires_grad());
+}
+
+}  // namespace dropout_ext

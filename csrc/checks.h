@@ -1,0 +1,18 @@
+// What the operators and the eager entry demand of their arguments. Errors name the argument, its
+// value and what is accepted.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace dropout_ext {
+
+void check_probability(double p);
+// A tensor that dropout can act on; `affine` operators take no complex ones.
+void check_input(const at::Tensor& input, bool affine);
+// `input` as for apply: what the key's device and, for keys of shape (n, 2), its n must match.
+void check_key(const at::Tensor& key, const at::Tensor& input);
+// In place: neither overlapping itself nor a leaf that requires grad.
+void check_writable(const at::Tensor& input);
+void check_mask_strides(const at::Tensor& input, int64_t n_strides);
+
+}  // namespace dropout_ext
