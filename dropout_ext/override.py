@@ -159,7 +159,7 @@ def _compose(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
                 ~attn_mask, -torch.inf
             )
         # Rows that the mask leaves nothing of become 0, not NaN.
-        weights = torch._safe_softmax(scores + attn_mask, -1)
+        weights = torch.ops.aten._safe_softmax(scores + attn_mask, -1)
     return (functional.dropout(weights, dropout_p) @ value).to(dtype)
 
 

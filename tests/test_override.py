@@ -448,3 +448,24 @@ def test_compiled_calls_draw_anew():
         first, second = compiled(torch.ones(1000)), compiled(torch.ones(1000))
     assert 0.4 < (first != 0).float().mean() < 0.6
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float", "causal"])
+def test_compiled_attention_is_one_graph(mask):
+    torch._dynamo.reset()
+    q = random_tensor((2, 4, 8, 16))
+    arguments = {"dropout_p": P, "is_causal": mask == "causal"}
+    if mask == "bool":
+        arguments["attn_mask"] = torch.ones(8, 8, dtype=torch.bool).tril()
+    elif mask == "float":
+        arguments["attn_mask"] = random_tensor((8, 8))
+
+    def attention(q):
+        return F.scaled_dot_product_attention(q, q, q, **arguments)
+
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    with override():
+        torch.manual_seed(0)
+        expected = attention(q)
+        torch.manual_seed(0)
+        assert torch.allclose(compiled(q), expected, rtol=1e-5, atol=1e-6)
