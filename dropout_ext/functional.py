@@ -397,6 +397,8 @@ def _run(
             "dropout(): arguments 'key' and 'generator' exclude each other: a key is drawn from a "
             "generator only where none is given"
         )
+    if _is_dtensor(input):
+        return _sharded(input, p, inplace, key, generator, scale, affine, mask_strides, mask_offset)
     if key is None:
         key = (
             torch.zeros(2, dtype=torch.int64, device=input.device)
@@ -435,6 +437,34 @@ def _is_empty(input: Tensor) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(numel == 0)
+
+
+def _is_dtensor(input: Tensor) -> bool:
+    # By name: the class would load torch.distributed.tensor, a second.
+    return type(input).__name__ == "DTensor"
+
+
+def _sharded(input, p, inplace, key, generator, scale, affine, mask_strides, mask_offset) -> Tensor:
+    """A DTensor: the mask of the whole tensor, each shard of it computed where it lies."""
+    from . import _dtensor
+
+    whole, begin, size = _dtensor.localize(input)
+    strides = mask_strides or _ops.row_major(input.shape)
+    if key is None:
+        key = None if p == 1 else _dtensor.agree(_ops.draw_key(input, generator), input)
+    else:
+        key = key.full_tensor() if _is_dtensor(key) else key
+        if isinstance(key, Tensor) and key.dim() == 2:
+            if key.size(0) != input.size(0):
+                raise ValueError(
+                    f"dropout(): argument 'key' has shape {tuple(key.shape)}, but accepted are "
+                    f"(2,) and, for one key per slice of dimension 0, ({input.size(0)}, 2)"
+                )
+            key = key.narrow(0, begin[0], size[0])
+    mask_offset += sum(at * stride for at, stride in zip(begin, strides, strict=True))
+    local = _run(whole.to_local(), p, True, False, key, None, scale, affine, strides, mask_offset)
+    out = _dtensor.wrap(local, whole)
+    return input.copy_(out) if inplace else out
 
 
 def _nested(input, p, inplace, key, generator, scale, affine, mask_strides, mask_offset) -> Tensor:

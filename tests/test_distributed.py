@@ -1,4 +1,4 @@
-"""Two processes over gloo: DDP, FSDP2, and keys per rank."""
+"""Two processes over gloo: DDP, FSDP2, keys per rank, and DTensor."""
 
 import pytest
 import torch
@@ -7,11 +7,20 @@ import torch.multiprocessing as mp
 from helpers import assert_same_bits, make_key, random_tensor
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import init_device_mesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import dropout_ext
+from dropout_ext import _dtensor
 from dropout_ext import _reference as reference
+from dropout_ext import functional as F
 
 WORLD = 2
 BATCH, WIDTH = 6, 40
@@ -56,11 +65,79 @@ def wrap(kind):
     return fully_shard(model, mesh=mesh)
 
 
+WHOLE = (7, 5, 9)  # no dimension is a multiple of WORLD
+PLACEMENTS = {
+    "rows": Shard(0),
+    "columns": Shard(2),
+    "replicated": Replicate(),
+    "partial": Partial(),
+}
+FUNCTIONS = {
+    "dropout": lambda x: dropout_ext.dropout(x, 0.3, key=make_key()),
+    "module": lambda x: dropout_ext.Dropout(0.3)(x, key=make_key()),
+    "in place": lambda x: dropout_ext.dropout(x + 0, 0.3, inplace=True, key=make_key()),
+    "a key per slice": lambda x: dropout_ext.dropout(
+        x, 0.3, key=dropout_ext.split(make_key(), WHOLE[0])
+    ),
+    "broadcast_dims": lambda x: dropout_ext.dropout(x, 0.3, key=make_key(), broadcast_dims=(1,)),
+    "part of a larger one": lambda x: dropout_ext.dropout(
+        x, 0.3, key=make_key(), mask_strides=(100, 10, 1), mask_offset=3
+    ),
+    "dropout1d": lambda x: F.dropout1d(x, 0.3, key=make_key()),
+    "alpha_dropout": lambda x: F.alpha_dropout(x, 0.3, True, key=make_key()),
+    "drop_path": lambda x: F.drop_path(x, 0.3, True, key=make_key()),
+    "locked_dropout": lambda x: F.locked_dropout(x, 0.3, key=make_key()),
+    "all dropped": lambda x: dropout_ext.dropout(x, 1.0),
+    "drawn": lambda x: dropout_ext.dropout(x, 0.3),
+    "drawn from a generator": lambda x: dropout_ext.dropout(
+        x, 0.3, generator=torch.Generator().manual_seed(9)
+    ),
+}
+
+
+OF_SHARDS = [
+    (placement, what)
+    for placement in PLACEMENTS
+    for what in FUNCTIONS
+    if (placement, what) != ("partial", "in place")  # what is written would be no partial sum
+]
+
+
+def of_whole(function, x):
+    """Output and gradient."""
+    x = x.detach().requires_grad_()
+    y = function(x)
+    (y * y).sum().backward()
+    return y.detach(), x.grad
+
+
+def of_shards(mesh, rank):
+    results = {}
+    for name, placement in PLACEMENTS.items():
+        if name == "partial":
+            x = DTensor.from_local(random_tensor(WHOLE) / WORLD, mesh, [placement])
+        else:
+            x = distribute_tensor(random_tensor(WHOLE), mesh, [placement])
+        for what, function in FUNCTIONS.items():
+            if (name, what) not in OF_SHARDS:
+                continue
+            torch.manual_seed(20 + rank)  # the first rank's counts
+            y, grad = of_whole(function, x)
+            same = name == "partial" or y.placements == x.placements
+            results[name, what] = same, y.full_tensor(), grad.full_tensor()
+    x = distribute_tensor(random_tensor(WHOLE), mesh, [Shard(0)])
+    for what in ("dropout", "drawn"):
+        torch.manual_seed(20 + rank)
+        compiled = torch.compile(FUNCTIONS[what], fullgraph=True, backend="aot_eager")
+        results["compiled", what] = compiled(x).full_tensor()
+    return results
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    results = {}
+    results = of_shards(init_device_mesh("cpu", (WORLD,)), rank)
     for kind in ("ddp", "fsdp2"):
         model = wrap(kind)
         torch.manual_seed(1)
@@ -123,3 +200,71 @@ def test_eval(results, kind):
         model = Model()
         expected = model.last(model.first(data(rank))).detach()
         torch.testing.assert_close(results[rank][kind, "eval"], expected)
+
+
+@pytest.mark.parametrize(("placement", "what"), OF_SHARDS)
+def test_shards_have_the_mask_of_the_whole(results, placement, what):
+    x = random_tensor(WHOLE)
+    if placement == "partial":
+        x = x / WORLD * WORLD
+    torch.manual_seed(20)
+    expected, grad = of_whole(FUNCTIONS[what], x)
+    for rank in range(WORLD):
+        same, y, y_grad = results[rank][placement, what]
+        assert same, "placements"
+        assert_same_bits(y, expected)
+        assert_same_bits(y_grad, grad)
+
+
+@pytest.mark.parametrize("what", ["dropout", "drawn"])
+def test_compiled_shards(results, what):
+    torch.manual_seed(20)
+    expected = FUNCTIONS[what](random_tensor(WHOLE))
+    for rank in range(WORLD):
+        assert_same_bits(results[rank]["compiled", what], expected)
+
+
+@pytest.fixture
+def fake_mesh():
+    """Makes a (2, 3) mesh as one of its ranks sees it, without the others."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def make(rank):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=6)
+        return init_device_mesh("cpu", (2, 3))
+
+    yield make
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank", range(6))
+def test_where_a_shard_begins(fake_mesh, rank):
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh = fake_mesh(rank)
+    for placements in ((Shard(0), Shard(0)), (Shard(1), Shard(0)), (Replicate(), Shard(1))):
+        for shape in ((13, 7), (6, 1), (2, 2)):
+            x = distribute_tensor(torch.zeros(shape), mesh, placements)
+            _, begin, size = _dtensor.localize(x)
+            expected, at = compute_local_shape_and_global_offset(shape, mesh, placements)
+            assert tuple(size) == expected == x.to_local().shape
+            assert 0 in size or tuple(begin) == at
+
+
+def test_dtensor_errors(fake_mesh):
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    mesh = fake_mesh(0)
+    x = distribute_tensor(torch.ones(12, 3), mesh, (Shard(0), Replicate()))
+    keys = dropout_ext.split(make_key(), 6)  # as many as the local shard has slices
+    with pytest.raises(ValueError, match=r"'key' has shape \(6, 2\), but accepted .* \(12, 2\)"):
+        dropout_ext.dropout(x, 0.3, key=keys)
+    with pytest.raises(TypeError, match="'key' must be"):
+        dropout_ext.dropout(x, 0.3, key=7)
+    local = torch.ones(2, 3)
+    strided = DTensor.from_local(local, mesh, (_StridedShard(0, split_factor=3), Shard(0)))
+    with pytest.raises(NotImplementedError, match=r"placement .*redistribute"):
+        dropout_ext.dropout(strided, 0.3, key=make_key())
+    assert dropout_ext.dropout(strided, 0.3, training=False) is strided

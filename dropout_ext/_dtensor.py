@@ -1,0 +1,47 @@
+"""DTensor: each rank computes its part of the whole tensor's mask, so that the result does not
+depend on the mesh or on the placements.
+"""
+
+import torch
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+
+def localize(input: DTensor) -> tuple[DTensor, list[int], list[int]]:
+    """`input` without partial sums, and where its local shard begins and how long it is, per
+    dimension.
+    """
+    placements = [Replicate() if p.is_partial() else p for p in input.placements]
+    if any(p.is_partial() for p in input.placements):
+        input = input.redistribute(placements=placements)
+    mesh, begin, size = input.device_mesh, [0] * input.dim(), list(input.shape)
+    for mesh_dim, placement in enumerate(placements):
+        if placement.is_replicate():
+            continue
+        if type(placement) is not Shard:
+            raise NotImplementedError(
+                f"dropout(): argument 'input' has placement {placement}, but accepted are Shard, "
+                "Replicate and Partial: redistribute it first"
+            )
+        # As torch.chunk splits.
+        dim = placement.dim
+        chunk = -(-size[dim] // mesh.size(mesh_dim))
+        first = min(mesh.get_local_rank(mesh_dim) * chunk, size[dim])
+        begin[dim] += first
+        size[dim] = min(chunk, size[dim] - first)
+    return input, begin, size
+
+
+def wrap(local: Tensor, like: DTensor) -> DTensor:
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
+
+
+def agree(key: Tensor, input: DTensor) -> Tensor:
+    """The key that the first rank of the mesh drew, as int64 on every rank."""
+    key = key.view(torch.int64).to(input.device)  # not every backend sends uint64
+    for mesh_dim in range(input.device_mesh.ndim):
+        key = collectives.broadcast(key, 0, (input.device_mesh, mesh_dim))
+    return key
