@@ -1,6 +1,6 @@
 """Statistics of the keep masks, of nn.Dropout's beside them, and of generators broken on purpose.
 
-python -m benchmarks.stats            under an hour on two cores
+python -m benchmarks.stats            under half an hour on two cores
 python -m benchmarks.stats --quick    under a minute (or QUICK=1)
 """
 

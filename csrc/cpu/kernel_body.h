@@ -1,11 +1,11 @@
 // The body of the CPU kernel, included once per instruction set, inside that set's namespace and
 // under its target attribute, behind a simd_*.h that defines
 //   Keep        keep decisions of 16 elements; keep_from_bits, keep_to_bits, store_bytes
-//   F32, F64    16 elements in the compute type; load, store, splat, mul, fma, select,
-//   keep_or_zero;
+//   F32, F64    16 elements in the compute type; load, store, splat, fma, select, mul_or_zero;
 //               stream, a store past the caches to an address aligned to the vector
 //   kHasPair    of an element type: whether scale_pair, store_pair and stream_pair take 32 of it
-//   keep_group  the decisions of 16 consecutive blocks, 128 elements
+//   keep_groups<n>  the decisions of n * 16 consecutive blocks with one upper half of their number,
+//               n * 128 elements; kGroupsAtATime is the n that is fastest
 // No include guard on purpose.
 
 inline constexpr int kVector = 16;
@@ -33,7 +33,7 @@ struct Scale {
   V scale;
   explicit Scale(const EpilogueParams& p) : scale(splat<V>(p.scale)) {}
   void operator()(const Elem* in, Elem* out, Keep keep) const {
-    const V result = keep_or_zero(keep, mul(load(in), scale));
+    const V result = mul_or_zero(keep, load(in), scale);
     if constexpr (streaming) {
       stream(out, result);
     } else {
@@ -79,28 +79,13 @@ struct StoreBool {
   }
 };
 
-// Where the decisions of the next group come from: computed, or read from stored bits.
-class PhiloxSource {
- public:
-  explicit PhiloxSource(const MaskRun& mask)
-      : schedule_(mask.key), block_(mask.index >> 3), threshold_(mask.threshold) {}
-  void seek(uint64_t index) { block_ = index >> 3; }
-  void next(Keep (&keep)[kVectors]) {
-    keep_group(schedule_, block_, threshold_, keep);
-    block_ += kVector;
-  }
-
- private:
-  PhiloxSchedule schedule_;
-  uint64_t block_;
-  uint32_t threshold_;
-};
-
+// Where the decisions of the next groups come from: read from stored bits, or computed.
 class BitsSource {
  public:
   BitsSource(const uint64_t* bits, int64_t n) : bits_(bits), words_((n + 63) / 64) {}
-  void next(Keep (&keep)[kVectors]) {
-    for (int w = 0; w < 2; ++w) {
+  template <int groups>
+  void next(Keep (&keep)[groups * kVectors]) {
+    for (int w = 0; w < 2 * groups; ++w) {
       const uint64_t word = words_ > 0 ? *bits_ : 0;
       ++bits_, --words_;
       for (int v = 0; v < 4; ++v) {
@@ -112,6 +97,39 @@ class BitsSource {
  private:
   const uint64_t* bits_;
   int64_t words_;
+};
+
+class PhiloxSource {
+ public:
+  explicit PhiloxSource(const MaskRun& mask)
+      : key_(mask.key),
+        threshold_(mask.threshold),
+        block_(mask.index >> 3),
+        block_high_(block_high(block_)),
+        schedule_(mask.key, block_high_) {}
+  void seek(uint64_t index) { block_ = index >> 3; }
+  template <int groups>
+  void next(Keep (&keep)[groups * kVectors]) {
+    constexpr int kBlocks = groups * kGroup / kBlock;
+    const uint32_t high = block_high(block_);
+    if (high == block_high(block_ + kBlocks - 1)) {
+      if (high != block_high_) schedule_.set_block_high(block_high_ = high);
+      keep_groups<groups>(schedule_, block_, threshold_, keep);
+    } else {
+      // Once in 2^35 elements. A function of another file, so that nothing here makes room for it.
+      uint64_t bits[groups * kGroup / 64];
+      keep_bits_one_by_one(bits, groups * kGroup, {key_, block_ * kBlock, threshold_}, 1);
+      BitsSource(bits, groups * kGroup).next<groups>(keep);
+    }
+    block_ += kBlocks;
+  }
+
+ private:
+  Key key_;
+  uint32_t threshold_;
+  uint64_t block_;
+  uint32_t block_high_;
+  PhiloxSchedule schedule_;
 };
 
 // Elements [begin, end) of a group, of which in[0] and out[0] are element `begin`. Vectors that the
@@ -136,28 +154,43 @@ void part_of_group(const Keep (&keep)[kVectors], int begin, int end, const Elem*
   }
 }
 
+// As many whole groups as there are in n elements, `groups` at a time. Returns how many elements
+// that was.
+template <int groups, class Elem, class Op, class Source>
+int64_t whole_groups(Source& source, const Elem* in, Elem* out, int64_t n, const Op& op) {
+  constexpr int kStep = groups * kGroup;
+  int64_t j = 0;
+  for (; j + kStep <= n; j += kStep) {
+    // The hardware's own prefetch stops at every page. Past the end it is harmless.
+    const auto ahead = reinterpret_cast<uintptr_t>(in + j) + kPrefetchBytes;
+    for (size_t line = 0; line < kStep * sizeof(Elem); line += 64) prefetch(ahead + line);
+    Keep keep[groups * kVectors];
+    source.template next<groups>(keep);
+    for (int v = 0; v < groups * kVectors; v += 2) {
+      const int64_t at = j + v * kVector;
+      apply_pair(op, in + at, out + at, keep[v], keep[v + 1]);
+    }
+  }
+  return j;
+}
+
 // `skip` elements of the first group come before the run.
 template <class Elem, class Op, class Source>
 void for_each_group(Source source, int skip, const Elem* in, Elem* out, int64_t n, const Op& op) {
   Keep keep[kVectors];
   int64_t j = 0;
   if (skip != 0) {
-    source.next(keep);
+    source.template next<1>(keep);
     const int end = skip + n < kGroup ? static_cast<int>(skip + n) : kGroup;
     part_of_group(keep, skip, end, in, out, op);
     j = end - skip;
   }
-  for (; j + kGroup <= n; j += kGroup) {
-    // The hardware's own prefetch stops at every page. Past the end it is harmless.
-    const auto ahead = reinterpret_cast<uintptr_t>(in + j) + kPrefetchBytes;
-    for (size_t line = 0; line < kGroup * sizeof(Elem); line += 64) prefetch(ahead + line);
-    source.next(keep);
-    for (int v = 0; v < kVectors; v += 2) {
-      apply_pair(op, in + j + v * kVector, out + j + v * kVector, keep[v], keep[v + 1]);
-    }
+  if constexpr (kGroupsAtATime > 1) {
+    j += whole_groups<kGroupsAtATime>(source, in + j, out + j, n - j, op);
   }
+  j += whole_groups<1>(source, in + j, out + j, n - j, op);
   if (j < n) {
-    source.next(keep);
+    source.template next<1>(keep);
     part_of_group(keep, 0, static_cast<int>(n - j), in + j, out + j, op);
   }
 }
@@ -178,10 +211,9 @@ void apply_bits(const void* in, void* out, int64_t n, const uint64_t* bits,
 inline void keep_bits_row(PhiloxSource& source, uint64_t index, uint64_t* bits, int64_t n) {
   const int skip = static_cast<int>(index & 7);
   source.seek(index);
-  Keep keep[kVectors];
-  for (int64_t j = 0, at = 0; j < n + skip; j += kGroup) {
-    source.next(keep);
-    for (int w = 0; w < 2; ++w, ++at) {
+  int64_t at = 0;
+  const auto put = [&](const Keep* keep, int words) {
+    for (int w = 0; w < words; ++w, ++at) {
       uint64_t word = 0;
       for (int v = 0; v < 4; ++v) {
         word |= static_cast<uint64_t>(keep_to_bits(keep[4 * w + v])) << 16 * v;
@@ -190,6 +222,18 @@ inline void keep_bits_row(PhiloxSource& source, uint64_t index, uint64_t* bits, 
       if (skip != 0 && at > 0 && (at - 1) * 64 < n) bits[at - 1] |= word << (64 - skip);
       if (at * 64 < n) bits[at] = word >> skip;
     }
+  };
+  constexpr int kStep = kGroupsAtATime * kGroup;
+  int64_t left = n + skip;
+  for (; left > kStep - kGroup; left -= kStep) {
+    Keep keep[kGroupsAtATime * kVectors];
+    source.next<kGroupsAtATime>(keep);
+    put(keep, kStep / 64);
+  }
+  for (; left > 0; left -= kGroup) {
+    Keep keep[kVectors];
+    source.next<1>(keep);
+    put(keep, kGroup / 64);
   }
 }
 

@@ -1,29 +1,46 @@
-// What the rounds of every block of a key have in common. The counter is (offset, block), so the
-// first round's product with the offset's low word is one number, and with it that round's new c3
-// and the key-dependent parts of c0 and c2.
+// What the rounds of many blocks have in common. A block's counter is (offset, block number): of
+// the first round's two products one is the offset's, and of the second round's one is that of a
+// word which only the upper half of the block number changes. Blocks with the same upper half share
+// both.
 #pragma once
 
 #include "../mask.h"
 
 namespace dropout_ext::cpu {
 
-// Blocks count modulo 2^61, as element indices do modulo 2^64.
-inline constexpr uint32_t kBlockHighMask = 0x1FFFFFFF;
+// The upper half of a block number. Blocks count modulo 2^61, as element indices do modulo 2^64.
+constexpr uint32_t block_high(uint64_t block) { return hi32(block) & 0x1FFFFFFF; }
 
+// For blocks of one upper half, the state after two rounds is, with p1 = M1 * lo32(block) and
+// p0 = M0 * (hi32(p1) ^ first_c0),
+//   c0 = lo32(p1) ^ second_c0, c1 = second_c1, c2 = hi32(p0) ^ second_c2, c3 = lo32(p0).
 struct PhiloxSchedule {
   uint32_t k0[kPhiloxRounds];
   uint32_t k1[kPhiloxRounds];
-  uint32_t first_c0;  // round 1: c0 = hi(M1 * lo32(block)) ^ first_c0
-  uint32_t first_c2;  //          c2 = (hi32(block) & kBlockHighMask) ^ first_c2
-  uint32_t first_c3;  //          c3, the same for every block
+  uint64_t last_k0;  // of the last round, in the upper half
+  uint64_t last_k1;
+  uint32_t first_c0;
+  uint32_t first_c2;  // beside the upper half of the block number
+  uint32_t second_c0;
+  uint32_t second_c1;
+  uint32_t second_c2;
 
-  explicit PhiloxSchedule(Key key) {
+  PhiloxSchedule(Key key, uint32_t block_high) {
     uint32_t a = lo32(key.seed), b = hi32(key.seed);
     for (int r = 0; r < kPhiloxRounds; ++r, a += kPhiloxW0, b += kPhiloxW1) k0[r] = a, k1[r] = b;
-    const uint64_t product = static_cast<uint64_t>(kPhiloxM0) * lo32(key.offset);
+    last_k0 = static_cast<uint64_t>(k0[kPhiloxRounds - 1]) << 32;
+    last_k1 = static_cast<uint64_t>(k1[kPhiloxRounds - 1]) << 32;
+    const uint64_t product = mul_wide(kPhiloxM0, lo32(key.offset));
     first_c0 = hi32(key.offset) ^ k0[0];
     first_c2 = hi32(product) ^ k1[0];
-    first_c3 = lo32(product);
+    second_c2 = lo32(product) ^ k1[1];
+    set_block_high(block_high);
+  }
+
+  void set_block_high(uint32_t block_high) {
+    const uint64_t product = mul_wide(kPhiloxM1, block_high ^ first_c2);
+    second_c0 = hi32(product) ^ k0[1];
+    second_c1 = lo32(product);
   }
 };
 

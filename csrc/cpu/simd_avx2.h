@@ -111,11 +111,6 @@ inline void prefetch(uintptr_t address) {
   _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
 }
 
-inline F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
-inline F64 mul(F64 a, F64 b) {
-  for (int i = 0; i < 4; ++i) a.v[i] = _mm256_mul_pd(a.v[i], b.v[i]);
-  return a;
-}
 inline F32 fma(F32 a, F32 b, F32 c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
@@ -130,13 +125,13 @@ inline __m256d keep_64(Keep k, int i) {
   const __m128i quarter = i & 1 ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
   return _mm256_castsi256_pd(_mm256_cvtepi32_epi64(quarter));
 }
-inline F32 keep_or_zero(Keep k, F32 x) {
-  return {_mm256_and_ps(x.lo, _mm256_castsi256_ps(k.lo)),
-          _mm256_and_ps(x.hi, _mm256_castsi256_ps(k.hi))};
+inline F32 mul_or_zero(Keep k, F32 a, F32 b) {
+  return {_mm256_and_ps(_mm256_mul_ps(a.lo, b.lo), _mm256_castsi256_ps(k.lo)),
+          _mm256_and_ps(_mm256_mul_ps(a.hi, b.hi), _mm256_castsi256_ps(k.hi))};
 }
-inline F64 keep_or_zero(Keep k, F64 x) {
-  for (int i = 0; i < 4; ++i) x.v[i] = _mm256_and_pd(x.v[i], keep_64(k, i));
-  return x;
+inline F64 mul_or_zero(Keep k, F64 a, F64 b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = _mm256_and_pd(_mm256_mul_pd(a.v[i], b.v[i]), keep_64(k, i));
+  return a;
 }
 inline F32 select(Keep k, F32 kept, F32 dropped) {
   return {_mm256_blendv_ps(dropped.lo, kept.lo, _mm256_castsi256_ps(k.lo)),
@@ -147,69 +142,83 @@ inline F64 select(Keep k, F64 kept, F64 dropped) {
   return kept;
 }
 
-// Four blocks, one per 64-bit lane; upper halves as in simd_avx512.h.
+// Four blocks, one per 64-bit lane, as in simd_avx512.h.
 struct PhiloxLanes {
   __m256i c0, c1, c2, c3;
 
+  PhiloxLanes() = default;
   PhiloxLanes(const PhiloxSchedule& s, __m256i block) {
     const __m256i p1 = _mm256_mul_epu32(block, m1());
-    c0 = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), word(s.first_c0));
-    c1 = p1;
-    const __m256i high = _mm256_and_si256(_mm256_srli_epi64(block, 32), word(kBlockHighMask));
-    c2 = _mm256_xor_si256(high, word(s.first_c2));
-    c3 = word(s.first_c3);
+    const __m256i first_c0 = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), word(s.first_c0));
+    const __m256i p0 = _mm256_mul_epu32(first_c0, m0());
+    c0 = _mm256_xor_si256(p1, word(s.second_c0));
+    c1 = word(s.second_c1);
+    c2 = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), word(s.second_c2));
+    c3 = p0;
   }
   void round(const PhiloxSchedule& s, int r) {
     const __m256i p0 = _mm256_mul_epu32(c0, m0());
     const __m256i p1 = _mm256_mul_epu32(c2, m1());
-    c0 = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(c1, word(s.k0[r])));
+    c0 = xor3(_mm256_srli_epi64(p1, 32), c1, word(s.k0[r]));
     c1 = p1;
-    c2 = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(c3, word(s.k1[r])));
+    c2 = xor3(_mm256_srli_epi64(p0, 32), c3, word(s.k1[r]));
     c3 = p0;
   }
+  // Into keep[0] and keep[1].
+  void finish(const PhiloxSchedule& s, __m256i threshold, Keep* keep) const {
+    const __m256i p0 = _mm256_mul_epu32(c0, m0());
+    const __m256i p1 = _mm256_mul_epu32(c2, m1());
+    const __m256i w10 = xor3(p1, _mm256_slli_epi64(c1, 32), word64(s.last_k0));
+    const __m256i w32 = xor3(p0, _mm256_slli_epi64(c3, 32), word64(s.last_k1));
+    keep[0] = at_least(_mm256_unpacklo_epi64(w10, w32), threshold);
+    keep[1] = at_least(_mm256_unpackhi_epi64(w10, w32), threshold);
+  }
   static __m256i word(uint32_t w) { return _mm256_set1_epi32(static_cast<int>(w)); }
+
+ private:
+  // Two blocks, of each the words in the order 1, 0, 3, 2.
+  static Keep at_least(__m256i words, __m256i threshold) {
+    const __m256i rotated_order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(6, 7, 4, 5, 2, 3, 0, 1, 14, 15, 12, 13, 10, 11, 8, 9));
+    const __m256i ordered = _mm256_shuffle_epi32(words, _MM_SHUFFLE(2, 3, 0, 1));
+    const __m256i rotated = _mm256_shuffle_epi8(words, rotated_order);
+    const __m256i kept = _mm256_cmpeq_epi32(_mm256_max_epu32(ordered, threshold), ordered);
+    const __m256i kept_rotated = _mm256_cmpeq_epi32(_mm256_max_epu32(rotated, threshold), rotated);
+    return {_mm256_permute2x128_si256(kept, kept_rotated, 0x20),
+            _mm256_permute2x128_si256(kept, kept_rotated, 0x31)};
+  }
+  static __m256i xor3(__m256i a, __m256i b, __m256i c) {
+    return _mm256_xor_si256(a, _mm256_xor_si256(b, c));
+  }
+  static __m256i word64(uint64_t w) { return _mm256_set1_epi64x(static_cast<long long>(w)); }
   static __m256i m0() { return word(kPhiloxM0); }
   static __m256i m1() { return word(kPhiloxM1); }
 };
 
-inline __m256i interleave_low(__m256i a, __m256i b) {
-  return _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xAA);
-}
-inline __m256i at_least(__m256i x, __m256i t) {
-  return _mm256_cmpeq_epi32(_mm256_max_epu32(x, t), x);
-}
+inline constexpr int kGroupsAtATime = 1;
 
-inline void keep_half_group(const PhiloxSchedule& s, uint64_t block, __m256i t, Keep* keep) {
-  // 128-bit lane L of word set k holds block 2k + L.
-  const __m256i base = _mm256_set1_epi64x(static_cast<long long>(block));
-  PhiloxLanes a(s, _mm256_add_epi64(base, _mm256_setr_epi64x(0, 4, 1, 5)));
-  PhiloxLanes b(s, _mm256_add_epi64(base, _mm256_setr_epi64x(2, 6, 3, 7)));
-#pragma GCC unroll 9
-  for (int r = 1; r < kPhiloxRounds; ++r) {
-    a.round(s, r);
-    b.round(s, r);
+template <int groups>
+inline void keep_groups(const PhiloxSchedule& s, uint64_t block, uint32_t threshold,
+                        Keep (&keep)[8 * groups]) {
+  // Four sets of lanes side by side, for the latency of a round, although their state fills all 16
+  // registers: on Zen 4 two sets took a fifth longer.
+  constexpr int kSets = 4;
+  for (int first = 0; first < 4 * groups; first += kSets) {
+    const __m256i at = _mm256_set1_epi64x(static_cast<long long>(block + 4 * first));
+    PhiloxLanes sets[kSets];
+#pragma GCC unroll 4
+    for (int i = 0; i < kSets; ++i) {
+      const __m256i lanes = _mm256_setr_epi64x(4 * i, 4 * i + 2, 4 * i + 1, 4 * i + 3);
+      sets[i] = PhiloxLanes(s, _mm256_add_epi64(at, lanes));
+    }
+#pragma GCC unroll 8
+    for (int r = 2; r + 1 < kPhiloxRounds; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kSets; ++i) sets[i].round(s, r);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kSets; ++i) {
+      sets[i].finish(s, PhiloxLanes::word(threshold), keep + 2 * (first + i));
+    }
   }
-  const __m256i w0 = interleave_low(a.c0, b.c0), w1 = interleave_low(a.c1, b.c1);
-  const __m256i w2 = interleave_low(a.c2, b.c2), w3 = interleave_low(a.c3, b.c3);
-  const __m256i w01lo = _mm256_unpacklo_epi32(w0, w1), w01hi = _mm256_unpackhi_epi32(w0, w1);
-  const __m256i w23lo = _mm256_unpacklo_epi32(w2, w3), w23hi = _mm256_unpackhi_epi32(w2, w3);
-  const __m256i words[4] = {
-      _mm256_unpacklo_epi64(w01lo, w23lo), _mm256_unpackhi_epi64(w01lo, w23lo),
-      _mm256_unpacklo_epi64(w01hi, w23hi), _mm256_unpackhi_epi64(w01hi, w23hi)};
-  const __m256i swap_halves = _mm256_set1_epi64x(0x0504070601000302);
-  const __m256i swap = _mm256_add_epi8(
-      swap_halves, _mm256_setr_epi64x(0, 0x0808080808080808, 0, 0x0808080808080808));
-  for (int k = 0; k < 4; ++k) {
-    const __m256i kept = at_least(words[k], t);
-    const __m256i kept_rotated = at_least(_mm256_shuffle_epi8(words[k], swap), t);
-    keep[k].lo = _mm256_permute2x128_si256(kept, kept_rotated, 0x20);
-    keep[k].hi = _mm256_permute2x128_si256(kept, kept_rotated, 0x31);
-  }
-}
-
-inline void keep_group(const PhiloxSchedule& s, uint64_t block, uint32_t threshold,
-                       Keep (&keep)[8]) {
-  const __m256i t = PhiloxLanes::word(threshold);
-  keep_half_group(s, block, t, keep);
-  keep_half_group(s, block + 8, t, keep + 4);
 }

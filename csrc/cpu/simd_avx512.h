@@ -104,17 +104,15 @@ inline void prefetch(uintptr_t address) {
   _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
 }
 
-inline F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.lo, b.lo), _mm512_mul_pd(a.hi, b.hi)}; }
 inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F64 fma(F64 a, F64 b, F64 c) {
   return {_mm512_fmadd_pd(a.lo, b.lo, c.lo), _mm512_fmadd_pd(a.hi, b.hi, c.hi)};
 }
 
-inline F32 keep_or_zero(Keep k, F32 x) { return {_mm512_maskz_mov_ps(k.mask, x.v)}; }
-inline F64 keep_or_zero(Keep k, F64 x) {
-  return {_mm512_maskz_mov_pd(static_cast<__mmask8>(k.mask), x.lo),
-          _mm512_maskz_mov_pd(static_cast<__mmask8>(k.mask >> 8), x.hi)};
+inline F32 mul_or_zero(Keep k, F32 a, F32 b) { return {_mm512_maskz_mul_ps(k.mask, a.v, b.v)}; }
+inline F64 mul_or_zero(Keep k, F64 a, F64 b) {
+  return {_mm512_maskz_mul_pd(static_cast<__mmask8>(k.mask), a.lo, b.lo),
+          _mm512_maskz_mul_pd(static_cast<__mmask8>(k.mask >> 8), a.hi, b.hi)};
 }
 inline F32 select(Keep k, F32 kept, F32 dropped) {
   return {_mm512_mask_mov_ps(dropped.v, k.mask, kept.v)};
@@ -124,65 +122,101 @@ inline F64 select(Keep k, F64 kept, F64 dropped) {
           _mm512_mask_mov_pd(dropped.hi, static_cast<__mmask8>(k.mask >> 8), kept.hi)};
 }
 
+// Where the 16-bit lanes of a vector of decisions come from: two blocks out of four, whose
+// words lie in the order 1, 0, 3, 2; each block's words, then the same rotated.
+struct WordOrder {
+  alignas(64) uint16_t source[2][32];
+};
+constexpr WordOrder word_order() {
+  WordOrder order{};
+  for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < 32; ++i) {
+      const int block = 2 * half + i / 16, word = i / 2 % 4, rotated = i / 8 % 2;
+      order.source[half][i] = static_cast<uint16_t>(8 * block + 2 * (word ^ 1) + (i % 2 ^ rotated));
+    }
+  }
+  return order;
+}
+inline constexpr WordOrder kWordOrder = word_order();
+
 // Eight blocks, one per 64-bit lane. Only the low half of a lane counts: _mm512_mul_epu32 reads no
 // more, so neither the products' upper halves in c1 and c3 nor what they leave in c0 and c2 need
 // clearing, and a round is two multiplies, two shifts and two three-way xors.
 struct PhiloxLanes {
   __m512i c0, c1, c2, c3;
 
+  PhiloxLanes() = default;
+  // After two rounds. Of `block`, only the low halves count.
   PhiloxLanes(const PhiloxSchedule& s, __m512i block) {
     const __m512i p1 = _mm512_mul_epu32(block, m1());
-    c0 = _mm512_xor_si512(_mm512_srli_epi64(p1, 32), word(s.first_c0));
-    c1 = p1;
-    const __m512i high = _mm512_and_si512(_mm512_srli_epi64(block, 32), word(kBlockHighMask));
-    c2 = _mm512_xor_si512(high, word(s.first_c2));
-    c3 = word(s.first_c3);
+    const __m512i first_c0 = _mm512_xor_si512(_mm512_srli_epi64(p1, 32), word(s.first_c0));
+    const __m512i p0 = _mm512_mul_epu32(first_c0, m0());
+    c0 = _mm512_xor_si512(p1, word(s.second_c0));
+    c1 = word(s.second_c1);
+    c2 = _mm512_xor_si512(_mm512_srli_epi64(p0, 32), word(s.second_c2));
+    c3 = p0;
   }
   void round(const PhiloxSchedule& s, int r) {
     const __m512i p0 = _mm512_mul_epu32(c0, m0());
     const __m512i p1 = _mm512_mul_epu32(c2, m1());
-    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, word(s.k0[r]), 0x96);
+    c0 = xor3(_mm512_srli_epi64(p1, 32), c1, word(s.k0[r]));
     c1 = p1;
-    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, word(s.k1[r]), 0x96);
+    c2 = xor3(_mm512_srli_epi64(p0, 32), c3, word(s.k1[r]));
     c3 = p0;
   }
+  // The last round and the comparison, into keep[0] to keep[3]. A product already holds two words
+  // side by side, but for what is xored to its upper half: (w1, w0) and (w3, w2). One permutation
+  // of 16-bit lanes then puts two blocks in order, their words and their words rotated.
+  void finish(const PhiloxSchedule& s, __m512i threshold, Keep* keep) const {
+    const __m512i p0 = _mm512_mul_epu32(c0, m0());
+    const __m512i p1 = _mm512_mul_epu32(c2, m1());
+    const __m512i w10 = xor3(p1, _mm512_slli_epi64(c1, 32), word64(s.last_k0));
+    const __m512i w32 = xor3(p0, _mm512_slli_epi64(c3, 32), word64(s.last_k1));
+    const __m512i even = _mm512_unpacklo_epi64(w10, w32), odd = _mm512_unpackhi_epi64(w10, w32);
+    keep[0] = at_least(even, 0, threshold);
+    keep[1] = at_least(even, 1, threshold);
+    keep[2] = at_least(odd, 0, threshold);
+    keep[3] = at_least(odd, 1, threshold);
+  }
+
+ private:
+  static Keep at_least(__m512i words, int half, __m512i threshold) {
+    const __m512i order = _mm512_load_si512(kWordOrder.source[half]);
+    const __m512i ordered = _mm512_permutexvar_epi16(order, words);
+    return {_mm512_cmpge_epu32_mask(ordered, threshold)};
+  }
+  static __m512i xor3(__m512i a, __m512i b, __m512i c) {
+    return _mm512_ternarylogic_epi32(a, b, c, 0x96);
+  }
   static __m512i word(uint32_t w) { return _mm512_set1_epi32(static_cast<int>(w)); }
+  static __m512i word64(uint64_t w) { return _mm512_set1_epi64(static_cast<long long>(w)); }
   static __m512i m0() { return word(kPhiloxM0); }
   static __m512i m1() { return word(kPhiloxM1); }
 };
 
-// Low halves of a into the even, of b into the odd 32-bit lanes.
-inline __m512i interleave_low(__m512i a, __m512i b) {
-  return _mm512_mask_shuffle_epi32(a, 0xAAAA, b, _MM_PERM_CCAA);
-}
+// A round waits for the one before: two groups, four sets of lanes side by side, hide that. On Zen
+// 4 one group at a time took a fifth longer.
+inline constexpr int kGroupsAtATime = 2;
 
-inline void keep_group(const PhiloxSchedule& s, uint64_t block, uint32_t threshold,
-                       Keep (&keep)[8]) {
-  // Blocks are dealt so that after the transpose 128-bit lane L of word set k holds block 4k + L:
-  // even 32-bit lanes come from a, odd ones from b.
-  const __m512i base = _mm512_set1_epi64(static_cast<long long>(block));
-  PhiloxLanes a(s, _mm512_add_epi64(base, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11)));
-  PhiloxLanes b(s, _mm512_add_epi64(base, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15)));
-#pragma GCC unroll 9
-  for (int r = 1; r < kPhiloxRounds; ++r) {
-    a.round(s, r);
-    b.round(s, r);
+template <int groups>
+inline void keep_groups(const PhiloxSchedule& s, uint64_t block, uint32_t threshold,
+                        Keep (&keep)[8 * groups]) {
+  constexpr int kSets = 2 * groups;
+  PhiloxLanes sets[kSets];
+#pragma GCC unroll 4
+  for (int i = 0; i < kSets; ++i) {
+    // As finish() takes them: the blocks of even lanes before those of odd ones.
+    const __m512i lanes = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m512i first = _mm512_set1_epi64(static_cast<long long>(block + 8 * i));
+    sets[i] = PhiloxLanes(s, _mm512_add_epi64(first, lanes));
   }
-  const __m512i w0 = interleave_low(a.c0, b.c0), w1 = interleave_low(a.c1, b.c1);
-  const __m512i w2 = interleave_low(a.c2, b.c2), w3 = interleave_low(a.c3, b.c3);
-  const __m512i w01lo = _mm512_unpacklo_epi32(w0, w1), w01hi = _mm512_unpackhi_epi32(w0, w1);
-  const __m512i w23lo = _mm512_unpacklo_epi32(w2, w3), w23hi = _mm512_unpackhi_epi32(w2, w3);
-  const __m512i words[4] = {
-      _mm512_unpacklo_epi64(w01lo, w23lo), _mm512_unpackhi_epi64(w01lo, w23lo),
-      _mm512_unpacklo_epi64(w01hi, w23hi), _mm512_unpackhi_epi64(w01hi, w23hi)};
-  const __m512i t = _mm512_set1_epi32(static_cast<int>(threshold));
-  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-  const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-  for (int k = 0; k < 4; ++k) {
-    const __m512i rotated = _mm512_rol_epi32(words[k], 16);
-    keep[2 * k].mask =
-        _mm512_cmpge_epu32_mask(_mm512_permutex2var_epi64(words[k], first, rotated), t);
-    keep[2 * k + 1].mask =
-        _mm512_cmpge_epu32_mask(_mm512_permutex2var_epi64(words[k], second, rotated), t);
+#pragma GCC unroll 8
+  for (int r = 2; r + 1 < kPhiloxRounds; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSets; ++i) sets[i].round(s, r);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kSets; ++i) {
+    sets[i].finish(s, _mm512_set1_epi32(static_cast<int>(threshold)), keep + 4 * i);
   }
 }

@@ -72,11 +72,6 @@ inline void fence() {}
 inline void prefetch(uintptr_t) {}
 
 template <class V>
-inline V mul(V a, const V& b) {
-  for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
-  return a;
-}
-template <class V>
 inline V fma(V a, const V& b, const V& c) {
   for (int i = 0; i < 16; ++i) a.v[i] = std::fma(a.v[i], b.v[i], c.v[i]);
   return a;
@@ -94,25 +89,53 @@ inline F64 select(const Keep& k, F64 kept, const F64& dropped) {
   for (int i = 0; i < 16; ++i) kept.v[i] = k.lane[i] ? kept.v[i] : dropped.v[i];
   return kept;
 }
-template <class V>
-inline V keep_or_zero(const Keep& k, const V& x) {
-  return select(k, x, V{});
+inline F32 mul_or_zero(const Keep& k, F32 a, const F32& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
+  for (int i = 0; i < 16; ++i) {
+    a.v[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(a.v[i]) & k.lane[i]);
+  }
+  return a;
+}
+inline F64 mul_or_zero(const Keep& k, const F64& a, const F64& b) {
+  F64 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = k.lane[i] ? a.v[i] * b.v[i] : 0;
+  return r;
 }
 
-inline void keep_group(const PhiloxSchedule& s, uint64_t block, uint32_t threshold,
-                       Keep (&keep)[8]) {
-  for (int b = 0; b < 16; ++b, ++block) {
-    const uint64_t first = static_cast<uint64_t>(kPhiloxM1) * lo32(block);
-    uint32_t c0 = hi32(first) ^ s.first_c0, c1 = lo32(first);
-    uint32_t c2 = (hi32(block) & kBlockHighMask) ^ s.first_c2, c3 = s.first_c3;
-    for (int r = 1; r < kPhiloxRounds; ++r) {
-      const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
-      const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
-      c0 = hi32(p1) ^ c1 ^ s.k0[r], c1 = lo32(p1);
-      c2 = hi32(p0) ^ c3 ^ s.k1[r], c3 = lo32(p0);
+inline constexpr int kGroupsAtATime = 1;
+
+template <int groups>
+inline void keep_groups(const PhiloxSchedule& s, uint64_t block, uint32_t threshold,
+                        Keep (&keep)[8 * groups]) {
+  // Blocks side by side, because a round waits for the one before; more need too many registers.
+  constexpr int kSide = 4;
+  for (int first = 0; first < 16 * groups; first += kSide) {
+    uint32_t c0[kSide], c1[kSide], c2[kSide], c3[kSide];
+    for (int i = 0; i < kSide; ++i) {
+      const uint64_t p1 = mul_wide(kPhiloxM1, lo32(block) + first + i);
+      const uint64_t p0 = mul_wide(kPhiloxM0, hi32(p1) ^ s.first_c0);
+      c0[i] = lo32(p1) ^ s.second_c0, c1[i] = s.second_c1;
+      c2[i] = hi32(p0) ^ s.second_c2, c3[i] = lo32(p0);
     }
-    const PhiloxWords words{{c0, c1, c2, c3}};
-    uint32_t* lane = keep[b / 2].lane + b % 2 * 8;
-    for (int i = 0; i < 8; ++i) lane[i] = -static_cast<uint32_t>(lane_word(words, i) >= threshold);
+    for (int r = 2; r < kPhiloxRounds; ++r) {
+      for (int i = 0; i < kSide; ++i) {
+        const uint64_t p0 = mul_wide(kPhiloxM0, c0[i]);
+        const uint64_t p1 = mul_wide(kPhiloxM1, c2[i]);
+        c0[i] = hi32(p1) ^ c1[i] ^ s.k0[r], c1[i] = lo32(p1);
+        c2[i] = hi32(p0) ^ c3[i] ^ s.k1[r], c3[i] = lo32(p0);
+      }
+    }
+    for (int i = 0; i < kSide; ++i) {
+      uint32_t* lane = keep[(first + i) / 2].lane + (first + i) % 2 * 8;
+      lane[0] = c0[i], lane[1] = c1[i], lane[2] = c2[i], lane[3] = c3[i];
+    }
+  }
+  // On their own, for compilers to make SIMD code of.
+  for (int v = 0; v < 8 * groups; ++v) {
+    for (int half = 0; half < 16; half += 8) {
+      uint32_t* lane = keep[v].lane + half;
+      for (int l = 0; l < 4; ++l) lane[l + 4] = lane[l] << 16 | lane[l] >> 16;
+      for (int l = 0; l < 8; ++l) lane[l] = -static_cast<uint32_t>(lane[l] >= threshold);
+    }
   }
 }

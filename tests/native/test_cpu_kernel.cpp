@@ -473,6 +473,7 @@ std::vector<Shape> named_shapes() {
       {"channels last", {2, 67, 190}, {0, 2, 1}, {67 * 190, 190, 1}},
       {"transposed", {270, 1100}, {1, 0}, {1100, 1}},
       {"transposed, over the tile", {1030, 259}, {1, 0}, {259, 1}},
+      {"transposed, over the joined tiles", {4700, 19}, {1, 0}, {19, 1}},
       {"transposed shard", {70, 130}, {1, 0}, {wide, 1}},
       {"transposed input", {130, 300}, {0, 1}, {300, 1}, {1, 130}},
       {"expanded input", {300, 21}, {0, 1}, {21, 1}, {0, 1}},
