@@ -115,9 +115,10 @@ PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
   }
   const double p = unpack_probability(args[1]);
   check_probability(p);
-  at::Tensor input = THPVariable_Unpack(args[0]);
+  const at::Tensor& self = THPVariable_Unpack(args[0]);
   if (args[2] != Py_True && !PyObject_IsTrue(args[2])) return Py_NewRef(args[0]);
-  if (p == 0 || input.numel() == 0) return Py_NewRef(args[0]);
+  if (p == 0 || self.numel() == 0) return Py_NewRef(args[0]);
+  at::Tensor input = self;
   std::optional<Affine> affine;
   if (optional(7) != Py_None) {
     affine = {PyFloat_AsDouble(PyTuple_GetItem(args[7], 0)),
@@ -138,8 +139,11 @@ PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
   }
   const double scale =
       optional(6) != Py_None ? unpack_probability(args[6]) : (p < 1 ? 1 / (1 - p) : 0);
-  const std::vector<c10::SymInt> mask_strides = unpack_strides(optional(8));
-  check_mask_strides(input, static_cast<int64_t>(mask_strides.size()));
+  std::vector<c10::SymInt> mask_strides;
+  if (n > 8) {
+    mask_strides = unpack_strides(args[8]);
+    check_mask_strides(input, static_cast<int64_t>(mask_strides.size()));
+  }
   const int64_t mask_offset = n > 9 ? py::cast<int64_t>(args[9]) : 0;
   at::Tensor out;
   {
