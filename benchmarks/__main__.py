@@ -31,28 +31,33 @@ try:
 except ImportError as error:  # GPU machines without a network may have nothing but torch
     tables, missing = None, error
 
-SECTIONS = ("micro", "bars", "family", "statistics", "training", "models", "peers")
-IN_ENVIRONMENT = {
-    "default": ("micro", "bars", "statistics", "training", "models", "peers"),
-    "resident": ("bars", "family"),
-    "avx2": ("bars",),
-    "portable": ("bars",),
-}
+SECTIONS = (
+    "micro", "bars", "family", "hugepages", "statistics", "training", "models", "peers"
+)  # fmt: skip
+# Of each process on the CPU its environment and the sections that it may run. Models are apart,
+# because what a process allocated before decides how often an allocation has to be paged in.
+PROCESSES = (
+    ("default", ("micro", "bars", "statistics", "training", "peers")),
+    ("default", ("models",)),
+    ("resident", ("bars", "family")),
+    ("hugepages", ("hugepages",)),
+    ("avx2", ("bars",)),
+    ("portable", ("bars",)),
+)
 ON_GPU = ("statistics", "models", "training")
 
 
 def plan(names, gpu, gpu_only, variants, quick):
     """(environment, on the GPU, sections) of every worker, in order."""
-    here = [name for name in names if name in IN_ENVIRONMENT["default"]]
     if not gpu_only:
-        for environment in ENVIRONMENTS:
+        for environment, sections in PROCESSES:
             if environment in ("avx2", "portable") and (quick or environment not in variants):
                 continue
-            sections = [name for name in names if name in IN_ENVIRONMENT[environment]]
-            if sections:
-                yield environment, False, sections
+            chosen = [name for name in names if name in sections]
+            if chosen:
+                yield environment, False, chosen
     if gpu:
-        yield "default", True, ["gpu", *(name for name in here if name in ON_GPU)]
+        yield "default", True, ["gpu", *(name for name in names if name in ON_GPU)]
 
 
 class NoProgress:

@@ -19,6 +19,8 @@ RESIDENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 ENVIRONMENTS = {
     "default": {},
     "resident": RESIDENT,
+    # PyTorch asks for huge pages for what it allocates on the CPU: a page fault per 2 MiB.
+    "hugepages": {"THP_MEM_ALLOC_ENABLE": "1"},
     "avx2": RESIDENT | {"DROPOUT_EXT_CPU_VARIANT": "avx2"},
     "portable": RESIDENT | {"DROPOUT_EXT_CPU_VARIANT": "portable"},
 }
@@ -130,6 +132,15 @@ def micro(quick):
             for dtype in ("float32",) if quick and n > Mi else ("float32", "bfloat16"):
                 for op in ("forward", "forward and backward"):
                     yield Case("micro", op, dtype, (n,), (NN_MODULE, MODULE, MUL), threads=threads)
+
+
+def hugepages(quick):
+    if quick:
+        return
+    for dtype in ("float32", "bfloat16"):
+        for op in ("forward", "forward and backward"):
+            sides = (NN_MODULE, MODULE, MUL)
+            yield Case("hugepages", op, dtype, (16 * Mi,), sides, environment="hugepages")
 
 
 def against_torch(quick, environment, limit, p=P):
@@ -315,7 +326,13 @@ def peers(quick):
     yield Case("peers", "forward and backward", "float32", (Mi,), sides)
 
 
-SECTIONS = {"micro": micro, "bars": bars, "family": family, "peers": peers}
+SECTIONS = {
+    "micro": micro,
+    "bars": bars,
+    "family": family,
+    "hugepages": hugepages,
+    "peers": peers,
+}
 
 
 def select(sections, environment, quick):

@@ -205,7 +205,7 @@ def run(emit, quick, device):
         return
     models = list(chosen(quick, device))
     emit({"total": len(models)})
-    rounds = 4 if quick else 9
+    rounds = 4 if quick else 11
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for name, (build, make_inputs, loss), limit in models:
         try:

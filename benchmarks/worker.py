@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-MICRO = ("micro", "bars", "family", "peers")
+MICRO = ("micro", "bars", "family", "hugepages", "peers")
 MODULES = {"statistics": "moments", "training": "digits", "models": "models", "gpu": "gpu"}
 
 
