@@ -13,7 +13,7 @@ INSTALLED_CUDA := $(VENV_CUDA)/.installed-$(subst /,-,$(subst =,-,$(TORCH_CUDA))
 BUILT := build/.built
 CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # What a CUDA build without a GPU can show of itself; `make test` runs everything.
-CUDA_BUILD_TESTS = $(foreach t,contract operator keys module errors layouts functorch autograd,tests/test_$(t).py)
+CUDA_BUILD_TESTS = $(foreach t,contract operator keys module errors layouts functorch autograd distributed,tests/test_$(t).py)
 QUICK_FLAG = $(if $(filter-out 0,$(QUICK)),--quick)
 
 export DROPOUT_EXT_WERROR ?= 1

@@ -51,7 +51,9 @@ def plan(names, gpu, gpu_only, variants, quick):
     """(environment, on the GPU, sections) of every worker, in order."""
     if not gpu_only:
         for environment, sections in PROCESSES:
-            if environment in ("avx2", "portable") and (quick or environment not in variants):
+            if quick and environment in ("hugepages", "avx2", "portable"):
+                continue
+            if environment in ("avx2", "portable") and environment not in variants:
                 continue
             chosen = [name for name in names if name in sections]
             if chosen:

@@ -135,8 +135,6 @@ def micro(quick):
 
 
 def hugepages(quick):
-    if quick:
-        return
     for dtype in ("float32", "bfloat16"):
         for op in ("forward", "forward and backward"):
             sides = (NN_MODULE, MODULE, MUL)

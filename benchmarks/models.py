@@ -84,7 +84,7 @@ def transformer(gpt, hidden, layers, heads, batch, length, vocabulary):
     def build(p):
         return Transformer(vocabulary, hidden, layers, heads, length, p, gpt)
 
-    def inputs(device):
+    def inputs(device, dtype):
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocabulary, (batch, length), generator=generator).to(device)
 
@@ -100,9 +100,9 @@ def encoder(hidden, layers, heads, batch, length):
         layer = nn.TransformerEncoderLayer(hidden, heads, dropout=p, batch_first=True)
         return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
-    def inputs(device):
+    def inputs(device, dtype):
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(batch, length, hidden, generator=generator).to(device)
+        return torch.randn(batch, length, hidden, generator=generator).to(device, dtype)
 
     def loss(model, x):
         return model(x).float().square().mean()
@@ -113,8 +113,10 @@ def encoder(hidden, layers, heads, batch, length):
 def from_zoo(name):
     model, sizes = zoo.MODELS[name], zoo.MEDIUM
 
-    def inputs(device):
-        return tuple(tensor.to(device) for tensor in model.batch(sizes, 0))
+    def inputs(device, dtype):
+        x, labels = model.batch(sizes, 0)
+        x = x.to(device, dtype if x.is_floating_point() else None)
+        return x, labels.to(device)
 
     return lambda p: model.build(p, sizes), inputs, lambda m, batch: zoo.loss(m, *batch)
 
@@ -214,7 +216,7 @@ def run(emit, quick, device):
             emit({"note": f"models: {name} left out, {error}"})
             emit({"step": name})
             continue
-        inputs = make_inputs(device)
+        inputs = make_inputs(device, dtype)
         steps = {
             side: step_of(model, loss, inputs, context)
             for side, (_, model, context) in sides.items()

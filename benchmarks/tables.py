@@ -234,6 +234,8 @@ def markdown(table, source):
                         f"| {ratio.p50:.3g}x | {share} | {kept} |"
                     )
     where = source.relative_to(record.ROOT) if source.is_relative_to(record.ROOT) else source.name
+    for picture in sorted(source.parent.glob("*speed-up.png")):
+        lines += ["", f"![times faster than nn.Dropout, over size]({where.parent}/{picture.name})"]
     threads = "one thread on the CPU, " if (rows.section == "micro").any() else ""
     lines += [
         "",

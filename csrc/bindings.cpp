@@ -230,6 +230,7 @@ PYBIND11_MODULE(_C, m) {
         check_mask_strides(input, n_strides);
       },
       py::arg("input"), py::arg("p"), py::arg("key"), py::arg("affine"), py::arg("n_strides"));
+  m.def("check_writable", check_writable, py::arg("input"));
   m.def("element_word", [](uint64_t seed, uint64_t offset, uint64_t index) {
     return element_word({seed, offset}, index);
   });

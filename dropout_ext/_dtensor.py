@@ -8,6 +8,22 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
+def check(input: DTensor, inplace: bool) -> None:
+    for placement in input.placements:
+        if placement.is_partial():
+            if inplace:
+                raise ValueError(
+                    f"dropout(): argument 'inplace' is True, but argument 'input' has placement "
+                    f"{placement!r}, whose parts cannot be dropped in place: "
+                    "redistribute it first, or pass inplace=False"
+                )
+        elif not placement.is_replicate() and type(placement) is not Shard:
+            raise NotImplementedError(
+                f"dropout(): argument 'input' has placement {placement!r}, but accepted are Shard, "
+                "Replicate and Partial: redistribute it first"
+            )
+
+
 def localize(input: DTensor) -> tuple[DTensor, list[int], list[int]]:
     """`input` without partial sums, and where its local shard begins and how long it is, per
     dimension.
@@ -19,23 +35,29 @@ def localize(input: DTensor) -> tuple[DTensor, list[int], list[int]]:
     for mesh_dim, placement in enumerate(placements):
         if placement.is_replicate():
             continue
-        if type(placement) is not Shard:
-            raise NotImplementedError(
-                f"dropout(): argument 'input' has placement {placement}, but accepted are Shard, "
-                "Replicate and Partial: redistribute it first"
-            )
         # As torch.chunk splits.
         dim = placement.dim
         chunk = -(-size[dim] // mesh.size(mesh_dim))
         first = min(mesh.get_local_rank(mesh_dim) * chunk, size[dim])
         begin[dim] += first
         size[dim] = min(chunk, size[dim] - first)
+    if not torch.compiler.is_dynamo_compiling() and input.to_local().shape != tuple(size):
+        raise ValueError(
+            f"dropout(): argument 'input' has a shard of shape {tuple(input.to_local().shape)}, "
+            f"but accepted are shards as distribute_tensor makes them, here of {tuple(size)}"
+        )
     return input, begin, size
 
 
 def wrap(local: Tensor, like: DTensor) -> DTensor:
+    """`local`, laid out as torch.empty_like would, as a part of a tensor like `like`."""
+    layout = torch.empty_strided(like.shape, like.stride(), device="meta")
     return DTensor.from_local(
-        local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+        local,
+        like.device_mesh,
+        like.placements,
+        shape=like.shape,
+        stride=torch.empty_like(layout).stride(),
     )
 
 

@@ -15,6 +15,7 @@ wrong type or dtype.
 """
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Sequence
@@ -43,25 +44,29 @@ __all__ = [
 SELU_LIMIT = 1.7580993408473766
 
 
-def _overridden(function, input, args, kwargs):
-    """The call as the `__torch_function__` of `input` has it."""
+def _overridden(function, input, arguments):
+    """The call as the `__torch_function__` of `input` has it, all arguments by keyword."""
     if isinstance(input, torch.fx.Proxy) and input.tracer.module_stack:
         # A module of ours is a leaf of torch.fx.symbolic_trace, as those of torch.nn are, so that
         # train() and eval() still reach it.
         path, kind = next(reversed(input.tracer.module_stack.values()))
         if getattr(kind, "__module__", None) == f"{__package__}.modules":
-            key = {} if kwargs.get("key") is None else {"key": kwargs["key"]}
+            key = {} if arguments["key"] is None else {"key": arguments["key"]}
             return input.tracer.create_proxy("call_module", path, (input,), key)
-    return handle_torch_function(function, (input,), input, *args, **kwargs)
+    return handle_torch_function(function, (input,), input, **arguments)
 
 
 def _overridable(function):
     """A function of tensors that first asks what stands for one, as those of torch.nn do."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(function)
     def public(input, *args, **kwargs):
-        if has_torch_function_unary(input):
-            return _overridden(public, input, args, kwargs)
+        if has_torch_function_unary(input) and len(args) <= len(positional):
+            given = dict(zip(positional, args, strict=False))
+            return _overridden(public, input, defaults | given | kwargs)
         _check_tensor(input)
         return function(input, *args, **kwargs)
 
@@ -103,7 +108,7 @@ def dropout(
             "broadcast_dims": broadcast_dims, "mask_strides": mask_strides,
             "mask_offset": mask_offset,
         }  # fmt: skip
-        return _overridden(dropout, input, (), arguments)
+        return _overridden(dropout, input, arguments)
     _check_tensor(input)
     strides = None
     if broadcast_dims is not None or mask_strides is not None:
@@ -304,6 +309,24 @@ def _check_probability(p: float) -> None:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {value}")
 
 
+def _check_source(key, generator) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            "dropout(): argument 'generator' must be torch.Generator, not "
+            f"{type(generator).__name__}"
+        )
+    if key is not None and generator is not None:
+        raise ValueError(
+            "dropout(): arguments 'key' and 'generator' exclude each other: a key is drawn from a "
+            "generator only where none is given"
+        )
+    if key is not None and not isinstance(key, Tensor):
+        raise TypeError(
+            "dropout(): argument 'key' must be a Tensor (dropout_ext.key makes one), not "
+            f"{type(key).__name__}"
+        )
+
+
 def _deprecated(name: str, dim: int, spatial: int, accepted: str) -> str:
     return (
         f"{name}: Received a {dim}-D input to {name}, which is deprecated "
@@ -378,10 +401,10 @@ def _run(
     input, p, training, inplace, key, generator, scale, affine, mask_strides, mask_offset
 ) -> Tensor:
     """What `_C.eager` does, composed of operators where the call is not a plain eager one."""
+    mask_offset = _wrap(mask_offset)
     if not is_dynamo_compiling():
-        offset = _wrap(mask_offset)
         out = _C.eager(
-            input, p, training, inplace, key, generator, scale, affine, mask_strides, offset
+            input, p, training, inplace, key, generator, scale, affine, mask_strides, mask_offset
         )
         if out is not NotImplemented:
             return out
@@ -392,11 +415,7 @@ def _run(
         return _nested(input, p, inplace, key, generator, scale, affine, mask_strides, mask_offset)
     if _is_empty(input):
         return input
-    if key is not None and generator is not None:
-        raise ValueError(
-            "dropout(): arguments 'key' and 'generator' exclude each other: a key is drawn from a "
-            "generator only where none is given"
-        )
+    _check_source(key, generator)
     if _is_dtensor(input):
         return _sharded(input, p, inplace, key, generator, scale, affine, mask_strides, mask_offset)
     if key is None:
@@ -439,28 +458,40 @@ def _is_empty(input: Tensor) -> bool:
     return statically_known_true(numel == 0)
 
 
-def _is_dtensor(input: Tensor) -> bool:
+def _is_dtensor(tensor) -> bool:
     # By name: the class would load torch.distributed.tensor, a second.
-    return type(input).__name__ == "DTensor"
+    return any(
+        base.__name__ == "DTensor" and base.__module__.startswith("torch.distributed.")
+        for base in type(tensor).__mro__
+    )
 
 
 def _sharded(input, p, inplace, key, generator, scale, affine, mask_strides, mask_offset) -> Tensor:
     """A DTensor: the mask of the whole tensor, each shard of it computed where it lies."""
     from . import _dtensor
 
-    whole, begin, size = _dtensor.localize(input)
     strides = mask_strides or _ops.row_major(input.shape)
-    if key is None:
-        key = None if p == 1 else _dtensor.agree(_ops.draw_key(input, generator), input)
-    else:
-        key = key.full_tensor() if _is_dtensor(key) else key
-        if isinstance(key, Tensor) and key.dim() == 2:
-            if key.size(0) != input.size(0):
-                raise ValueError(
-                    f"dropout(): argument 'key' has shape {tuple(key.shape)}, but accepted are "
-                    f"(2,) and, for one key per slice of dimension 0, ({input.size(0)}, 2)"
-                )
-            key = key.narrow(0, begin[0], size[0])
+    if _is_dtensor(key):
+        # Not every backend sends uint64.
+        key = (key.view(torch.int64) if key.dtype == torch.uint64 else key).full_tensor()
+    # Of the whole: every rank errs or none, before anything is drawn or sent.
+    _dtensor.check(input, inplace)
+    if not is_dynamo_compiling():
+        _C.check_call(input, p, key, affine is not None, len(strides))
+        if inplace:
+            _C.check_writable(input)
+    elif key is not None and key.dim() == 2 and key.size(0) != input.size(0):
+        raise ValueError(
+            f"dropout(): argument 'key' has shape {tuple(key.shape)}, but accepted are (2,) and, "
+            f"for one key per slice of dimension 0, ({input.size(0)}, 2)"
+        )
+    if input.device_mesh.get_coordinate() is None:
+        return input  # a rank that has no part in the tensor
+    whole, begin, size = _dtensor.localize(input)
+    if key is None and p < 1:
+        key = _dtensor.agree(_ops.draw_key(input, generator), input)
+    elif key is not None and key.dim() == 2:
+        key = key.narrow(0, begin[0], size[0])
     mask_offset += sum(at * stride for at, stride in zip(begin, strides, strict=True))
     local = _run(whole.to_local(), p, True, False, key, None, scale, affine, strides, mask_offset)
     out = _dtensor.wrap(local, whole)

@@ -194,6 +194,15 @@ def test_train_and_eval_are_seen():
     assert_fair(f(x) != 0)
 
 
+@pytest.mark.parametrize("offset", [2**63 + 1, 2**64 + 5, -3])
+def test_indices_count_modulo_2_to_64(key, offset):
+    def f(x, k):
+        return dropout_ext.dropout(x, key=k, mask_strides=(10, 1), mask_offset=offset)
+
+    x = random_tensor((6, 10))
+    assert_same_bits(compiled(f, "aot_eager")(x, key), f(x, key))
+
+
 def test_strides_are_those_of_eager(key):
     x = random_tensor((2, 3, 4, 5)).to(memory_format=torch.channels_last)
     for backend in BACKENDS:

@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import assert_same_bits, make_key, random_tensor
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
     DTensor,
@@ -72,6 +73,18 @@ PLACEMENTS = {
     "replicated": Replicate(),
     "partial": Partial(),
 }
+
+
+def like(x, tensor):
+    """`tensor`, split along dimension 0 where x is a DTensor."""
+    if not isinstance(x, DTensor):
+        return tensor
+    return DTensor.from_local(
+        tensor.chunk(WORLD)[dist.get_rank()], x.device_mesh, [Shard(0)],
+        shape=tensor.shape, stride=tensor.stride(),
+    )  # fmt: skip
+
+
 FUNCTIONS = {
     "dropout": lambda x: dropout_ext.dropout(x, 0.3, key=make_key()),
     "module": lambda x: dropout_ext.Dropout(0.3)(x, key=make_key()),
@@ -88,6 +101,11 @@ FUNCTIONS = {
     "drop_path": lambda x: F.drop_path(x, 0.3, True, key=make_key()),
     "locked_dropout": lambda x: F.locked_dropout(x, 0.3, key=make_key()),
     "all dropped": lambda x: dropout_ext.dropout(x, 1.0),
+    "sharded keys": lambda x: dropout_ext.dropout(
+        x, 0.3, key=like(x, dropout_ext.split(make_key(), WHOLE[0]))
+    ),
+    "of a slice": lambda x: dropout_ext.dropout(x[:, :, :4], 0.3, key=make_key()),
+    "viewed": lambda x: dropout_ext.dropout(x[:, 1:3], 0.3, key=make_key()).view(WHOLE[0], -1),
     "drawn": lambda x: dropout_ext.dropout(x, 0.3),
     "drawn from a generator": lambda x: dropout_ext.dropout(
         x, 0.3, generator=torch.Generator().manual_seed(9)
@@ -95,11 +113,12 @@ FUNCTIONS = {
 }
 
 
+COMPILED = ("dropout", "drawn", "in place", "a key per slice", "viewed")
 OF_SHARDS = [
     (placement, what)
     for placement in PLACEMENTS
     for what in FUNCTIONS
-    if (placement, what) != ("partial", "in place")  # what is written would be no partial sum
+    if (placement, what) != ("partial", "in place")  # an error
 ]
 
 
@@ -123,10 +142,10 @@ def of_shards(mesh, rank):
                 continue
             torch.manual_seed(20 + rank)  # the first rank's counts
             y, grad = of_whole(function, x)
-            same = name == "partial" or y.placements == x.placements
+            same = name == "partial" or y.shape != x.shape or y.placements == x.placements
             results[name, what] = same, y.full_tensor(), grad.full_tensor()
     x = distribute_tensor(random_tensor(WHOLE), mesh, [Shard(0)])
-    for what in ("dropout", "drawn"):
+    for what in COMPILED:
         torch.manual_seed(20 + rank)
         compiled = torch.compile(FUNCTIONS[what], fullgraph=True, backend="aot_eager")
         results["compiled", what] = compiled(x).full_tensor()
@@ -216,7 +235,7 @@ def test_shards_have_the_mask_of_the_whole(results, placement, what):
         assert_same_bits(y_grad, grad)
 
 
-@pytest.mark.parametrize("what", ["dropout", "drawn"])
+@pytest.mark.parametrize("what", COMPILED)
 def test_compiled_shards(results, what):
     torch.manual_seed(20)
     expected = FUNCTIONS[what](random_tensor(WHOLE))
@@ -253,18 +272,64 @@ def test_where_a_shard_begins(fake_mesh, rank):
             assert 0 in size or tuple(begin) == at
 
 
+def test_layout_of_a_shard(fake_mesh):
+    mesh = fake_mesh(0)
+    x = distribute_tensor(random_tensor((12, 8, 5)), mesh, (Shard(0), Replicate()))
+    for view in (x, x.transpose(1, 2), x[:, :3], x[:, ::2], x.transpose(0, 2)):
+        y = dropout_ext.dropout(view, 0.3, key=make_key())
+        assert y.stride() == torch.empty_like(view).stride()
+        assert y.to_local().stride() == torch.empty_like(view.to_local()).stride()
+
+
+def test_a_rank_outside_of_the_mesh(fake_mesh):
+    fake_mesh(4)
+    x = distribute_tensor(torch.ones(6, 4), DeviceMesh("cpu", [0, 1]), (Shard(0),))
+    state = torch.get_rng_state()
+    assert dropout_ext.dropout(x, 0.3).shape == x.shape
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_dtensor_errors(fake_mesh):
     from torch.distributed.tensor.placement_types import _StridedShard
 
     mesh = fake_mesh(0)
     x = distribute_tensor(torch.ones(12, 3), mesh, (Shard(0), Replicate()))
     keys = dropout_ext.split(make_key(), 6)  # as many as the local shard has slices
-    with pytest.raises(ValueError, match=r"'key' has shape \(6, 2\), but accepted .* \(12, 2\)"):
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"'key' has shape \[6, 2\], but accepted .* \(12, 2\)"):
         dropout_ext.dropout(x, 0.3, key=keys)
+    with pytest.raises(ValueError, match=r"'key' has shape \[12, 3\], but accepted .* \(12, 2\)"):
+        dropout_ext.dropout(x, 0.3, key=torch.zeros(12, 3, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"'key' has dtype torch\.float64"):
+        dropout_ext.dropout(x, 0.3, key=torch.zeros(2, dtype=torch.float64))
     with pytest.raises(TypeError, match="'key' must be"):
         dropout_ext.dropout(x, 0.3, key=7)
+    with pytest.raises(TypeError, match=r"'generator' must be torch\.Generator, not int"):
+        dropout_ext.dropout(x, 0.3, generator=7)
+    with pytest.raises(TypeError, match=r"'input' has dtype torch\.int64"):
+        dropout_ext.dropout(x.long(), 0.3)
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        dropout_ext.dropout(x.clone().requires_grad_(), 0.3, inplace=True)
     local = torch.ones(2, 3)
     strided = DTensor.from_local(local, mesh, (_StridedShard(0, split_factor=3), Shard(0)))
     with pytest.raises(NotImplementedError, match=r"placement .*redistribute"):
-        dropout_ext.dropout(strided, 0.3, key=make_key())
+        dropout_ext.dropout(strided, 0.3)
+    partial = DTensor.from_local(local, mesh, (Partial(), Replicate()))
+    with pytest.raises(ValueError, match=r"'inplace' is True, but .*Partial.*redistribute"):
+        dropout_ext.dropout(partial, 0.3, inplace=True)
+    short = DTensor.from_local(local, mesh, (Shard(0), Replicate()), shape=(7, 3), stride=(3, 1))
+    with pytest.raises(ValueError, match=r"a shard of shape \(2, 3\), but .* \(4, 3\)"):
+        dropout_ext.dropout(short, 0.3, key=make_key())
+    assert torch.equal(torch.get_rng_state(), state)
     assert dropout_ext.dropout(strided, 0.3, training=False) is strided
+
+
+def test_a_subclass_of_dtensor(fake_mesh):
+    class Sub(DTensor):
+        pass
+
+    mesh = fake_mesh(0)
+    x = distribute_tensor(torch.ones(12, 3), mesh, (Shard(0), Replicate()))
+    expected = dropout_ext.dropout(x, 0.3, key=make_key()).to_local()
+    sub = Sub(x.to_local(), x._spec, requires_grad=False)
+    assert_same_bits(dropout_ext.dropout(sub, 0.3, key=make_key()).to_local(), expected)

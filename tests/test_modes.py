@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dropout_ext
 from dropout_ext import _reference as reference
+from dropout_ext import functional
 
 ops = torch.ops.dropout_ext
 N = 1000
@@ -69,6 +70,27 @@ def test_torch_function_of_what_is_no_tensor(name, key):
     y = module(Wrapper(x), key=key)
     assert type(y) is Wrapper
     assert_same_bits(y.tensor, module(x, key=key))
+
+
+class Arguments:
+    """Tells how it was called."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return args[1:], kwargs
+
+
+def test_torch_function_gets_all_arguments_by_keyword():
+    """As torch.nn.functional hands them on, whatever the caller wrote."""
+    more = {"key": None, "generator": None}
+    given = {"p": 0.3, "training": True, "inplace": False}
+    for function in (functional.dropout1d, functional.alpha_dropout):
+        for arguments, named in (((0.3, True), {}), ((), {"p": 0.3, "training": True})):
+            assert function(Arguments(), *arguments, **named) == ((), given | more)
+    args, kwargs = functional.dropout(Arguments(), 0.3, True)
+    assert args == () and kwargs.items() >= (given | more).items()
+    with pytest.raises(TypeError):
+        functional.dropout1d(Arguments(), 0.3, True, False, None)
 
 
 def test_what_is_no_tensor_errs():

@@ -17,8 +17,9 @@ struct MaskRun {
   uint32_t threshold;
 };
 
-// Keep bits of n elements, computed one by one: bit j is that of index mask.index + j * stride.
-void keep_bits_one_by_one(uint64_t* bits, int64_t n, const MaskRun& mask, uint64_t stride);
+// Keep bits of n elements, computed one by one: bit j is that of element index + j * stride.
+void keep_bits_one_by_one(uint64_t* bits, int64_t n, Key key, uint64_t index, uint64_t stride,
+                          uint32_t threshold);
 
 inline constexpr uintptr_t kStreamAlignment = 64;
 

@@ -116,9 +116,9 @@ class PhiloxSource {
       if (high != block_high_) schedule_.set_block_high(block_high_ = high);
       keep_groups<groups>(schedule_, block_, threshold_, keep);
     } else {
-      // Once in 2^35 elements. A function of another file, so that nothing here makes room for it.
+      // Once in 2^35 elements of a run. Out of line: inlined, it costs the loops registers.
       uint64_t bits[groups * kGroup / 64];
-      keep_bits_one_by_one(bits, groups * kGroup, {key_, block_ * kBlock, threshold_}, 1);
+      keep_bits_one_by_one(bits, groups * kGroup, key_, block_ * kBlock, 1, threshold_);
       BitsSource(bits, groups * kGroup).next<groups>(keep);
     }
     block_ += kBlocks;

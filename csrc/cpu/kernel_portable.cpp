@@ -18,11 +18,12 @@ namespace portable {
 
 const Kernels kernels_portable = portable::make_kernels("portable");
 
-void keep_bits_one_by_one(uint64_t* bits, int64_t n, const MaskRun& mask, uint64_t stride) {
+void keep_bits_one_by_one(uint64_t* bits, int64_t n, Key key, uint64_t index, uint64_t stride,
+                          uint32_t threshold) {
   for (int64_t j = 0; j < n; ++j) {
     if (j % 64 == 0) bits[j / 64] = 0;
-    const uint64_t index = mask.index + static_cast<uint64_t>(j) * stride;
-    bits[j / 64] |= static_cast<uint64_t>(keep(mask.key, index, mask.threshold)) << j % 64;
+    bits[j / 64] |= static_cast<uint64_t>(keep(key, index, threshold)) << j % 64;
+    index += stride;
   }
 }
 

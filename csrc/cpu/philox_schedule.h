@@ -20,12 +20,12 @@ struct PhiloxSchedule {
   uint64_t last_k0;  // of the last round, in the upper half
   uint64_t last_k1;
   uint32_t first_c0;
-  uint32_t first_c2;  // beside the upper half of the block number
+  uint32_t first_c2;  // but for the block number's upper half, which is xored to it
   uint32_t second_c0;
   uint32_t second_c1;
   uint32_t second_c2;
 
-  PhiloxSchedule(Key key, uint32_t block_high) {
+  PhiloxSchedule(Key key, uint32_t high) {
     uint32_t a = lo32(key.seed), b = hi32(key.seed);
     for (int r = 0; r < kPhiloxRounds; ++r, a += kPhiloxW0, b += kPhiloxW1) k0[r] = a, k1[r] = b;
     last_k0 = static_cast<uint64_t>(k0[kPhiloxRounds - 1]) << 32;
@@ -34,11 +34,11 @@ struct PhiloxSchedule {
     first_c0 = hi32(key.offset) ^ k0[0];
     first_c2 = hi32(product) ^ k1[0];
     second_c2 = lo32(product) ^ k1[1];
-    set_block_high(block_high);
+    set_block_high(high);
   }
 
-  void set_block_high(uint32_t block_high) {
-    const uint64_t product = mul_wide(kPhiloxM1, block_high ^ first_c2);
+  void set_block_high(uint32_t high) {
+    const uint64_t product = mul_wide(kPhiloxM1, high ^ first_c2);
     second_c0 = hi32(product) ^ k0[1];
     second_c1 = lo32(product);
   }

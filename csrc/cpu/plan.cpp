@@ -186,21 +186,22 @@ void Plan::run(int64_t begin, int64_t end) const {
   const char* base = static_cast<const char*>(args_.in != nullptr ? args_.in : args_.out);
   const int64_t& inner_at = at[n_loops_ - 1];
   const int64_t& second_at = at[n_loops_ - 2];
-  const Loop& inner_loop = loops_[n_loops_ - 1];
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t joined = mode_ == Mode::kTransposed
-                               ? std::min({kTiles, end - unit, inner_loop.count - inner_at})
-                               : 1;
+  for (int64_t unit = begin; unit < end;) {
+    int64_t joined = 1;
+    if (mode_ == Mode::kTransposed) {
+      joined = std::min({kTiles, end - unit, loops_[n_loops_ - 1].count - inner_at});
+    }
     run_unit({base + in * element_size_, static_cast<char*>(args_.out) + out * element_size_, index,
               std::min(joined * inner_step_, inner_.size - inner_at * inner_step_),
               std::min(second_step_, second_.size - second_at * second_step_), keys_[at[0]]});
-    unit += joined - 1, at[n_loops_ - 1] += joined - 1;
-    in += (joined - 1) * inner_loop.in_step, out += (joined - 1) * inner_loop.out_step;
-    index += static_cast<uint64_t>(joined - 1) * inner_loop.mask_step;
-    for (int d = n_loops_ - 1; d >= 0; --d) {
+    unit += joined;
+    int64_t steps = joined;
+    for (int d = n_loops_ - 1; d >= 0; --d, steps = 1) {
       const Loop& loop = loops_[d];
-      in += loop.in_step, out += loop.out_step, index += loop.mask_step;
-      if (++at[d] < loop.count) break;
+      in += steps * loop.in_step, out += steps * loop.out_step;
+      index += static_cast<uint64_t>(steps) * loop.mask_step;
+      at[d] += steps;
+      if (at[d] < loop.count) break;
       in -= loop.in_step * loop.count, out -= loop.out_step * loop.count;
       index -= loop.mask_step * static_cast<uint64_t>(loop.count);
       at[d] = 0;
@@ -295,13 +296,13 @@ void Plan::run_transposed(const Unit& unit) const {
 
 void Plan::keep_bits(uint64_t* bits, int64_t n, Key key, uint64_t index, int64_t rows,
                      uint64_t row_stride, int64_t row_words) const {
-  const MaskRun mask{key, index, static_cast<uint32_t>(args_.threshold)};
+  const auto threshold = static_cast<uint32_t>(args_.threshold);
   if (keeps_nothing(args_.threshold)) {
     std::memset(bits, 0, ((rows - 1) * row_words + ceil_div(n, 64)) * sizeof(uint64_t));
   } else if (mode_ == Mode::kElement) {
-    keep_bits_one_by_one(bits, n, mask, inner_.mask_stride);
+    keep_bits_one_by_one(bits, n, key, index, inner_.mask_stride, threshold);
   } else {
-    kernels_.keep_bits(bits, n, mask, rows, row_stride, row_words);
+    kernels_.keep_bits(bits, n, {key, index, threshold}, rows, row_stride, row_words);
   }
 }
 
