@@ -208,42 +208,57 @@ def show(table, console):
 
 
 def markdown(table, source):
-    """README's table: time per element of whole calls, forward and with backward."""
-    rows = table[table.section.isin(("micro", "gpu"))]
+    """README's table: time of whole calls, forward and with backward."""
+    rows = table[table.section.isin(("micro", "gpu", "hugepages"))]
+    rows = rows[rows.threads.fillna(1) == 1]
     lines = [
         "| | elements | `nn.Dropout` | `dropout_ext.Dropout` | faster | share of floor | saved for backward |",  # noqa: E501
         "|---|---|---|---|---|---|---|",
     ]
     for device in rows.device.unique():
-        of = rows[(rows.device == device) & (rows.threads.fillna(1) == 1)]
-        for dtype in ("float32", "bfloat16"):
-            for op in ("forward", "forward and backward"):
-                for n in sorted(of.elements.unique()):
-                    case = of[(of.dtype == dtype) & (of.op == op) & (of.elements == n)]
-                    theirs = one(case, metric="time", role="torch")
-                    ours = one(case, metric="time", role="ours")
-                    if theirs is None or ours is None or n not in README_SIZES:
-                        continue
-                    ratio = one(case[case.metric.str.startswith("time over")], role="torch")
-                    saved = case[case.metric == "saved for backward"]
-                    saved = [one(saved, role=role) for role in ("torch", "ours")]
-                    kept = " / ".join(in_bytes(row) for row in saved) if saved[0] else ""
-                    share = "" if pd.isna(ours.share_of_floor) else f"{ours.share_of_floor:.0%}"
-                    lines.append(
-                        f"| {op}, {dtype} | {size(int(n))} | {time_of(theirs)} | {time_of(ours)} "
-                        f"| {ratio.p50:.3g}x | {share} | {kept} |"
-                    )
+        of = rows[rows.device == device]
+        for section in of.section.unique():
+            for dtype in ("float32", "bfloat16"):
+                for op in ("forward", "forward and backward"):
+                    for n in README_SIZES:
+                        case = of[(of.section == section) & (of.elements == n)]
+                        case = case[(case.dtype == dtype) & (case.op == op)]
+                        line = markdown_line(case, op, dtype, n, section)
+                        lines += [line] if line else []
     where = source.relative_to(record.ROOT) if source.is_relative_to(record.ROOT) else source.name
     for picture in sorted(source.parent.glob("*speed-up.png")):
         lines += ["", f"![times faster than nn.Dropout, over size]({where.parent}/{picture.name})"]
     threads = "one thread on the CPU, " if (rows.section == "micro").any() else ""
+    pages = ""
+    if (rows.section == "hugepages").any():
+        pages = (
+            " From 16 Mi on all sides pay for the page faults of a fresh output; with "
+            "`THP_MEM_ALLOC_ENABLE=1`, PyTorch's own switch, it is on huge pages and they do not."
+        )
     lines += [
         "",
         f"{heading(table)}. Time of one call at p = {rows.p.iloc[0]:g}, {threads}medians of one "
-        f"interleaved run; the floor is `torch.mul(x, c)` on the CPU and `y.copy_(x)` on a GPU. "
-        f"Source: `{where}`.",
+        f"interleaved run; the floor is `torch.mul(x, c)` on the CPU and `y.copy_(x)` on a GPU."
+        f"{pages} Source: `{where}`.",
     ]
     return "\n".join(lines)
+
+
+def markdown_line(case, op, dtype, n, section):
+    theirs = one(case, metric="time", role="torch")
+    ours = one(case, metric="time", role="ours")
+    if theirs is None or ours is None:
+        return None
+    ratio = one(case[case.metric.str.startswith("time over")], role="torch")
+    saved = case[case.metric == "saved for backward"]
+    saved = [one(saved, role=role) for role in ("torch", "ours")]
+    kept = " / ".join(in_bytes(row) for row in saved) if saved[0] else ""
+    share = "" if pd.isna(ours.share_of_floor) else f"{ours.share_of_floor:.0%}"
+    pages = ", huge pages" if section == "hugepages" else ""
+    return (
+        f"| {op}, {dtype}{pages} | {size(n)} | {time_of(theirs)} | {time_of(ours)} "
+        f"| {ratio.p50:.3g}x | {share} | {kept} |"
+    )
 
 
 README_SIZES = (1024, 2**16, 2**20, 2**24, 2**26)
