@@ -241,7 +241,25 @@ def markdown(table, source):
         f"interleaved run; the floor is `torch.mul(x, c)` on the CPU and `y.copy_(x)` on a GPU."
         f"{pages} Source: `{where}`.",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *markdown_models(table)])
+
+
+def markdown_models(table):
+    rows = table[(table.section == "models") & (table.metric == "time over p = 0")]
+    if rows.empty:
+        return
+    yield from (
+        "",
+        f"What turning dropout on costs: time of a training step at p = {rows.p.iloc[0]:g} over "
+        "that at p = 0, same run, medians (20th to 80th percentile), ours by `convert` and "
+        "`override`.",
+        "",
+        "| model | `nn.Dropout` | `dropout_ext` |",
+        "|---|---|---|",
+    )
+    for case in rows.case.unique():
+        price = [one(rows[rows.case == case], role=role) for role in ("torch", "ours")]
+        yield f"| {case} | " + " | ".join(map(spread, price)) + " |"
 
 
 def markdown_line(case, op, dtype, n, section):
