@@ -5,7 +5,7 @@ depend on the mesh or on the placements.
 import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 
 def check(input: DTensor, inplace: bool) -> None:
@@ -17,7 +17,7 @@ def check(input: DTensor, inplace: bool) -> None:
                     f"{placement!r}, whose parts cannot be dropped in place: "
                     "redistribute it first, or pass inplace=False"
                 )
-        elif not placement.is_replicate() and type(placement) is not Shard:
+        elif not (placement.is_replicate() or placement.is_shard()):
             raise NotImplementedError(
                 f"dropout(): argument 'input' has placement {placement!r}, but accepted are Shard, "
                 "Replicate and Partial: redistribute it first"

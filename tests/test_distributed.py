@@ -105,7 +105,6 @@ FUNCTIONS = {
         x, 0.3, key=like(x, dropout_ext.split(make_key(), WHOLE[0]))
     ),
     "of a slice": lambda x: dropout_ext.dropout(x[:, :, :4], 0.3, key=make_key()),
-    "viewed": lambda x: dropout_ext.dropout(x[:, 1:3], 0.3, key=make_key()).view(WHOLE[0], -1),
     "drawn": lambda x: dropout_ext.dropout(x, 0.3),
     "drawn from a generator": lambda x: dropout_ext.dropout(
         x, 0.3, generator=torch.Generator().manual_seed(9)
@@ -113,7 +112,7 @@ FUNCTIONS = {
 }
 
 
-COMPILED = ("dropout", "drawn", "in place", "a key per slice", "viewed")
+COMPILED = ("dropout", "drawn", "in place", "a key per slice", "of a slice")
 OF_SHARDS = [
     (placement, what)
     for placement in PLACEMENTS
