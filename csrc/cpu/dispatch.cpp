@@ -1,15 +1,26 @@
+#include "kernel.h"
+
 #include <cstdlib>
 #include <stdexcept>
 
-#include "kernel.h"
+#ifdef DROPOUT_EXT_CPU_X86
+#include <cpuid.h>
+#endif
 
 namespace dropout_ext::cpu {
+
+#ifdef DROPOUT_EXT_CPU_X86
+// By hand: the builtin of older clang does not know this name.
+static bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
 
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> all;
 #ifdef DROPOUT_EXT_CPU_X86
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     all.push_back(&kernels_avx512);
