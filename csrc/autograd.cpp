@@ -87,17 +87,11 @@ std::vector<SymInt> row_major(SymIntArrayRef sizes) {
 }
 
 Tensor compose(const Tensor& input, const Call& call) {
-  static const auto keep_mask =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("dropout_ext::keep_mask", "")
-          .typed<Tensor(const Tensor&, double, SymIntArrayRef, SymIntArrayRef, SymInt,
-                        std::optional<at::Device>)>();
   const auto sizes = input.sym_sizes();
   std::vector<SymInt> row_major_strides;
   SymIntArrayRef strides = call.mask_strides;
   if (strides.empty()) strides = row_major_strides = row_major(sizes);
-  const Tensor mask =
-      keep_mask.call(call.key, call.p, sizes, strides, call.mask_offset, input.device());
+  const Tensor mask = keep_mask(call.key, call.p, sizes, strides, call.mask_offset, input.device());
   if (!call.affine) return at::where(mask, input * call.scale, 0);
   // A multiply and an add, where the kernels have one fused operation: the last bit may differ.
   const auto dtype = input.scalar_type();

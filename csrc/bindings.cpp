@@ -118,7 +118,7 @@ PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
   const at::Tensor& self = THPVariable_Unpack(args[0]);
   if (args[2] != Py_True && !PyObject_IsTrue(args[2])) return Py_NewRef(args[0]);
   if (p == 0 || self.numel() == 0) return Py_NewRef(args[0]);
-  at::Tensor input = self;
+  at::Tensor input = self;  // held while the GIL is let go
   std::optional<Affine> affine;
   if (optional(7) != Py_None) {
     affine = {PyFloat_AsDouble(PyTuple_GetItem(args[7], 0)),

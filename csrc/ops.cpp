@@ -226,6 +226,13 @@ void Call::apply_(Tensor& input) const {
   op.call(input, key, p, scale, mask_strides, mask_offset);
 }
 
+Tensor keep_mask(const Tensor& key, double p, SymIntArrayRef size, SymIntArrayRef mask_strides,
+                 SymInt mask_offset, at::Device device) {
+  static const auto op = find<Tensor(const Tensor&, double, SymIntArrayRef, SymIntArrayRef, SymInt,
+                                     std::optional<at::Device>)>("dropout_ext::keep_mask");
+  return op.call(key, p, size, mask_strides, std::move(mask_offset), device);
+}
+
 TORCH_LIBRARY(dropout_ext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def(

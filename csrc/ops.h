@@ -29,4 +29,7 @@ struct Call {
   void apply_(at::Tensor& input) const;             // apply_ or apply_affine_
 };
 
+at::Tensor keep_mask(const at::Tensor& key, double p, c10::SymIntArrayRef size,
+                     c10::SymIntArrayRef mask_strides, c10::SymInt mask_offset, at::Device device);
+
 }  // namespace dropout_ext

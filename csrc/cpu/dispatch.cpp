@@ -10,11 +10,15 @@
 namespace dropout_ext::cpu {
 
 #ifdef DROPOUT_EXT_CPU_X86
+namespace {
+
 // By hand: the builtin of older clang does not know this name.
-static bool has_f16c() {
+bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
+
+}  // namespace
 #endif
 
 std::vector<const Kernels*> available_kernels() {
