@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 
 namespace dropout_ext::cpu {
@@ -186,6 +187,12 @@ void Plan::run(int64_t begin, int64_t end) const {
   const char* base = static_cast<const char*>(args_.in != nullptr ? args_.in : args_.out);
   const int64_t& inner_at = at[n_loops_ - 1];
   const int64_t& second_at = at[n_loops_ - 2];
+  // On the heap: up to 128 KiB, which a thread's stack need not have.
+  std::unique_ptr<uint64_t[]> tile_bits;
+  if (mode_ == Mode::kTransposed) {
+    const int64_t inner = std::min(kTiles, loops_[n_loops_ - 1].count) * inner_step_;
+    tile_bits.reset(new uint64_t[ceil_div(inner, 64) * second_step_ + 2]);
+  }
   for (int64_t unit = begin; unit < end;) {
     int64_t joined = 1;
     if (mode_ == Mode::kTransposed) {
@@ -193,7 +200,8 @@ void Plan::run(int64_t begin, int64_t end) const {
     }
     run_unit({base + in * element_size_, static_cast<char*>(args_.out) + out * element_size_, index,
               std::min(joined * inner_step_, inner_.size - inner_at * inner_step_),
-              std::min(second_step_, second_.size - second_at * second_step_), keys_[at[0]]});
+              std::min(second_step_, second_.size - second_at * second_step_), keys_[at[0]],
+              tile_bits.get()});
     unit += joined;
     int64_t steps = joined;
     for (int d = n_loops_ - 1; d >= 0; --d, steps = 1) {
@@ -272,7 +280,7 @@ void Plan::run_transposed(const Unit& unit) const {
   // Where the runs follow each other in memory, so do their bits, and all are applied as one.
   const bool dense = is_dense() && unit.inner == inner_.size;
   const int64_t run_bits = dense ? unit.inner : ceil_div(unit.inner, 64) * 64;
-  uint64_t bits[kTiles * kTileInner * kTileSecond / 64 + 2];
+  uint64_t* const bits = unit.tile_bits;
   std::memset(bits, 0, (run_bits * unit.second / 64 + 2) * sizeof(uint64_t));
   for (int64_t i = 0; i < unit.inner; i += 64) {
     uint64_t rows[64][kSecondWords];

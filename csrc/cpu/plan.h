@@ -35,6 +35,7 @@ class Plan {
     uint64_t index;
     int64_t inner, second;  // elements of the inner and of the second dimension
     Key key;
+    uint64_t* tile_bits;  // room for the bits of a transposed unit
   };
 
   void run_unit(const Unit& unit) const;
