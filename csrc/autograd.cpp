@@ -1,12 +1,15 @@
 // The operator is linear in its input, so its backward is itself applied to the gradient: only the
 // key is saved, and double backward needs nothing more.
 #include <ATen/ATen.h>
+#include <ATen/SavedTensorHooks.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <vector>
 
+#include "checks.h"
 #include "ops.h"
 
 namespace dropout_ext {
@@ -19,6 +22,20 @@ using torch::autograd::variable_list;
 
 namespace {
 
+std::vector<SymInt> row_major(SymIntArrayRef sizes) {
+  std::vector<SymInt> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  return strides;
+}
+
+Tensor whole_mask(const Tensor& input, const Call& call) {
+  const auto sizes = input.sym_sizes();
+  std::vector<SymInt> row_major_strides;
+  SymIntArrayRef strides = call.mask_strides;
+  if (strides.empty()) strides = row_major_strides = row_major(sizes);
+  return keep_mask(call.key, call.p, sizes, strides, call.mask_offset, input.device());
+}
+
 // 16 bytes of key and the numbers of the call. What every backward of the family needs: that of an
 // affine call scales by the same factor and adds nothing.
 void save(AutogradContext* ctx, const Call& call) {
@@ -27,6 +44,19 @@ void save(AutogradContext* ctx, const Call& call) {
   ctx->saved_data["scale"] = call.scale;
   if (!call.mask_strides.empty()) ctx->saved_data["mask_strides"] = call.mask_strides;
   if (call.mask_offset != 0) ctx->saved_data["mask_offset"] = call.mask_offset;
+}
+
+// A sparse gradient, that of an embedding with sparse=True say, stays one: the mask of the whole
+// tensor is read where the gradient has values.
+Tensor apply_to_sparse(const Tensor& grad, const Call& call) {
+  const Tensor entries = grad.coalesce();
+  const Tensor indices = entries.indices();
+  torch::List<std::optional<Tensor>> at_indices;
+  for (const Tensor& index : indices.unbind()) at_indices.push_back(index);
+  const Tensor mask = whole_mask(grad, call).index(at_indices);
+  const Tensor values = at::where(mask, entries.values() * call.scale, 0);
+  return at::sparse_coo_tensor(indices, values, grad.sizes(), grad.options(),
+                               /*is_coalesced=*/true);
 }
 
 variable_list apply_to_gradient(AutogradContext* ctx, const variable_list& grads) {
@@ -43,6 +73,7 @@ variable_list apply_to_gradient(AutogradContext* ctx, const variable_list& grads
   const auto* offset = find("mask_offset");
   const Call call{key, find("p")->toDouble(), find("scale")->toDouble(), strides,
                   offset ? offset->toSymInt() : SymInt(0)};
+  if (grads[0].layout() == at::kSparse) return {apply_to_sparse(grads[0], call), Tensor()};
   return {call.apply(grads[0]), Tensor()};
 }
 
@@ -80,18 +111,8 @@ bool needs_composition(const Tensor& input) {
          input._fw_grad(/*level=*/0).defined();
 }
 
-std::vector<SymInt> row_major(SymIntArrayRef sizes) {
-  std::vector<SymInt> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
-  return strides;
-}
-
 Tensor compose(const Tensor& input, const Call& call) {
-  const auto sizes = input.sym_sizes();
-  std::vector<SymInt> row_major_strides;
-  SymIntArrayRef strides = call.mask_strides;
-  if (strides.empty()) strides = row_major_strides = row_major(sizes);
-  const Tensor mask = keep_mask(call.key, call.p, sizes, strides, call.mask_offset, input.device());
+  const Tensor mask = whole_mask(input, call);
   if (!call.affine) return at::where(mask, input * call.scale, 0);
   // A multiply and an add, where the kernels have one fused operation: the last bit may differ.
   const auto dtype = input.scalar_type();
@@ -110,18 +131,27 @@ Tensor run(const Tensor& input, const Call& call) {
   return call.apply(input);
 }
 
+// Whether the write must be one of PyTorch's own: a mode may keep the result of one operator and
+// run the next again, as selective checkpointing does, and knows copy_ as one that writes; and a
+// Function saves its key after the tensor is written and its graph changed, which must stay as they
+// were where saving fails, by a hook that raises or a key of inference mode.
+bool needs_copy(const Tensor& input, const Call& call) {
+  return needs_composition(input) || c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+         (needs_graph(input) &&
+          (at::SavedTensorDefaultHooks::get_hooks().has_value() || call.key.is_inference()));
+}
+
 void run_(Tensor& input, const Call& call) {
-  if (needs_composition(input)) {
-    input.copy_(call.apply(input));
-    return;
-  }
-  if (needs_graph(input)) {
-    torch::autograd::check_inplace(input, true);
+  if (needs_copy(input, call)) {
+    check_writable(input);
+    input.copy_(run(input, call));
+  } else if (needs_graph(input)) {
+    check_writable(input);
     ApplyInplaceFunction::apply(input, call);
-    return;
+  } else {
+    const at::AutoDispatchBelowAutograd guard;
+    call.apply_(input);
   }
-  const at::AutoDispatchBelowAutograd guard;
-  call.apply_(input);
 }
 
 // Without a graph nothing else bumps the version of what was written.
@@ -131,6 +161,12 @@ void bump_(Tensor& input, const Call& call) {
     call.apply_(input);
   }
   torch::autograd::increment_version(input);
+}
+
+// Of a view that is conjugate or negative by a bit, which PyTorch's fallbacks resolve only where an
+// operator returns what it wrote. One that does cannot be functionalized.
+void write_lazy_(Tensor& input, const Call& call) {
+  input.copy_(call.apply(input.resolve_conj().resolve_neg()));
 }
 
 // The operators' signatures around a function of an input and a call.
@@ -155,6 +191,13 @@ TORCH_LIBRARY_IMPL(dropout_ext, Autograd, m) {
   m.impl("apply_", plain<run_, Tensor&>);
   m.impl("apply_affine", affine<run, const Tensor&>);
   m.impl("apply_affine_", affine<run_, Tensor&>);
+}
+
+TORCH_LIBRARY_IMPL(dropout_ext, Conjugate, m) { m.impl("apply_", plain<write_lazy_, Tensor&>); }
+
+TORCH_LIBRARY_IMPL(dropout_ext, Negative, m) {
+  m.impl("apply_", plain<write_lazy_, Tensor&>);
+  m.impl("apply_affine_", affine<write_lazy_, Tensor&>);
 }
 
 TORCH_LIBRARY_IMPL(dropout_ext, ADInplaceOrView, m) {

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -61,14 +62,43 @@ const at::Tensor& unpack_tensor(PyObject* object, const char* name, const char* 
   return THPVariable_Unpack(object);
 }
 
-double unpack_probability(PyObject* object) {
+bool unpack_bool(PyObject* object) {
+  if (object == Py_True || object == Py_False) return object == Py_True;
+  const int truth = PyObject_IsTrue(object);
+  if (truth < 0) throw python_error();
+  return truth != 0;
+}
+
+// What is set but no Exception, an interrupt say, stays set and is thrown.
+void clear_exception() {
+  if (!PyErr_ExceptionMatches(PyExc_Exception)) throw python_error();
+  PyErr_Clear();
+}
+
+double unpack_float(PyObject* object, const char* name) {
   if (PyFloat_Check(object)) return PyFloat_AS_DOUBLE(object);
-  const double p = PyFloat_AsDouble(object);
-  if (p == -1 && PyErr_Occurred()) {
-    PyErr_Clear();
-    TORCH_CHECK_TYPE(false, "dropout(): argument 'p' must be float, not ", type_name(object));
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1 && PyErr_Occurred()) {
+    if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+      PyErr_Clear();
+      return std::numeric_limits<double>::infinity();
+    }
+    clear_exception();
+    TORCH_CHECK_TYPE(false, "dropout(): argument '", name, "' must be float, not ",
+                     type_name(object));
   }
-  return p;
+  return value;
+}
+
+// Of an index modulo 2^64 the int64 of the same bits.
+int64_t unpack_index(PyObject* object, const char* name) {
+  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(object));
+  if (!index) {
+    clear_exception();
+    TORCH_CHECK_TYPE(false, "dropout(): argument '", name, "' must be int, not ",
+                     type_name(object));
+  }
+  return static_cast<int64_t>(PyLong_AsUnsignedLongLongMask(index.ptr()));
 }
 
 std::optional<at::Generator> unpack_generator(PyObject* object) {
@@ -83,15 +113,16 @@ std::vector<c10::SymInt> unpack_strides(PyObject* object) {
   std::vector<c10::SymInt> strides;
   if (object == Py_None) return strides;
   for (const py::handle stride : py::reinterpret_borrow<py::object>(object)) {
-    strides.emplace_back(py::cast<int64_t>(stride));
+    strides.emplace_back(unpack_index(stride.ptr(), "mask_strides"));
   }
   return strides;
 }
 
-// What p = 1 passes instead of a drawn key: it keeps nothing under any key.
-at::Tensor no_key() {
-  static const at::Tensor key = at::zeros({2}, at::kUInt64);
-  return key;
+bool has_torch_function(PyObject* object) {
+  const auto attribute =
+      py::reinterpret_steal<py::object>(PyObject_GetAttrString(object, "__torch_function__"));
+  if (!attribute) clear_exception();
+  return static_cast<bool>(attribute);
 }
 
 PyDoc_STRVAR(eager_doc,
@@ -108,15 +139,14 @@ PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
   const auto optional = [&](Py_ssize_t at) { return n > at ? args[at] : Py_None; };
   if (!is_plain(args[0])) {
     // What is no tensor but stands for one, a torch.fx.Proxy say, overrides the call.
-    if (!PyObject_HasAttrString(args[0], "__torch_function__")) {
-      unpack_tensor(args[0], "input", "Tensor");
-    }
+    if (!has_torch_function(args[0])) unpack_tensor(args[0], "input", "Tensor");
     Py_RETURN_NOTIMPLEMENTED;
   }
-  const double p = unpack_probability(args[1]);
+  const double p = unpack_float(args[1], "p");
   check_probability(p);
   const at::Tensor& self = THPVariable_Unpack(args[0]);
-  if (args[2] != Py_True && !PyObject_IsTrue(args[2])) return Py_NewRef(args[0]);
+  const bool inplace = unpack_bool(args[3]);
+  if (!unpack_bool(args[2])) return Py_NewRef(args[0]);
   if (p == 0 || self.numel() == 0) return Py_NewRef(args[0]);
   at::Tensor input = self;  // held while the GIL is let go
   std::optional<Affine> affine;
@@ -126,7 +156,6 @@ PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
     if (PyErr_Occurred()) throw python_error();
   }
   check_input(input, affine.has_value());
-  const bool inplace = args[3] != Py_False && PyObject_IsTrue(args[3]);
   const bool has_key = args[4] != Py_None;
   const std::optional<at::Generator> generator = unpack_generator(args[5]);
   TORCH_CHECK_VALUE(!(has_key && generator),
@@ -138,13 +167,13 @@ PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
     check_key(key, input);
   }
   const double scale =
-      optional(6) != Py_None ? unpack_probability(args[6]) : (p < 1 ? 1 / (1 - p) : 0);
+      optional(6) != Py_None ? unpack_float(args[6], "scale") : (p < 1 ? 1 / (1 - p) : 0);
   std::vector<c10::SymInt> mask_strides;
   if (n > 8) {
     mask_strides = unpack_strides(args[8]);
     check_mask_strides(input, static_cast<int64_t>(mask_strides.size()));
   }
-  const int64_t mask_offset = n > 9 ? py::cast<int64_t>(args[9]) : 0;
+  const int64_t mask_offset = n > 9 ? unpack_index(args[9], "mask_offset") : 0;
   at::Tensor out;
   {
     const py::gil_scoped_release no_gil;
@@ -152,7 +181,8 @@ PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
       // Errors before the draw, so that a call that fails leaves the generator alone.
       check_writable(input);
     }
-    if (!has_key) key = p == 1 ? no_key() : draw_key(generator, input.device());
+    // Nothing is kept under any key at p = 1.
+    if (!has_key) key = p == 1 ? at::zeros({2}, at::kUInt64) : draw_key(generator, input.device());
     const Call call{key, p, scale, mask_strides, mask_offset, affine};
     if (inplace) {
       call.apply_(input);
@@ -231,6 +261,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("input"), py::arg("p"), py::arg("key"), py::arg("affine"), py::arg("n_strides"));
   m.def("check_writable", check_writable, py::arg("input"));
+  m.def("check_fold_in", check_fold_in, py::arg("key"), py::arg("n"));
+  m.def("check_split", check_split, py::arg("key"), py::arg("n"));
   m.def("element_word", [](uint64_t seed, uint64_t offset, uint64_t index) {
     return element_word({seed, offset}, index);
   });

@@ -1,6 +1,7 @@
 #include "checks.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
 namespace dropout_ext {
@@ -25,11 +26,19 @@ void check_input(const Tensor& input, bool affine) {
                    input.layout(), ", but accepted are strided tensors");
 }
 
-void check_key(const Tensor& key, const Tensor& input) {
+namespace {
+
+void check_words(const char* function, const Tensor& key) {
   const auto dtype = key.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kUInt64 || dtype == at::kLong,
-                   "dropout(): argument 'key' has dtype torch.", c10::getDtypeNames(dtype).first,
+  TORCH_CHECK_TYPE(dtype == at::kUInt64 || dtype == at::kLong, function,
+                   "(): argument 'key' has dtype torch.", c10::getDtypeNames(dtype).first,
                    ", but accepted are uint64 and int64 (dropout_ext.key makes one)");
+}
+
+}  // namespace
+
+void check_key(const Tensor& key, const Tensor& input) {
+  check_words("dropout", key);
   const auto sizes = key.sym_sizes();
   const bool single = sizes.size() == 1 && sizes[0] == 2;
   const bool batched =
@@ -51,7 +60,26 @@ void check_mask_strides(const Tensor& input, int64_t n_strides) {
 
 void check_writable(const Tensor& input) {
   at::assert_no_internal_overlap(input);
+  // As c10::VariableVersion words it, but before anything is written.
+  TORCH_CHECK(!input.is_inference() || c10::InferenceMode::is_enabled(),
+              "Inplace update to inference tensor outside InferenceMode is not allowed. You can "
+              "make a clone to get a normal tensor before doing inplace update.");
   if (at::GradMode::is_enabled()) torch::autograd::check_inplace(input, input.requires_grad());
+}
+
+void check_fold_in(const Tensor& key, const SymInt& n) {
+  check_words("fold_in", key);
+  TORCH_CHECK_VALUE(key.dim() > 0 && key.sym_size(-1) == 2, "fold_in(): argument 'key' has shape ",
+                    key.sym_sizes(), ", but accepted are (2,) and, for many keys, (..., 2)");
+  TORCH_CHECK_VALUE(n >= 0, "fold_in(): argument 'n' is ", n,
+                    ", but accepted are integers from 0 to 2**63 - 1");
+}
+
+void check_split(const Tensor& key, const SymInt& n) {
+  check_words("split", key);
+  TORCH_CHECK_VALUE(key.dim() == 1 && key.sym_size(0) == 2, "split(): argument 'key' has shape ",
+                    key.sym_sizes(), ", but accepted is (2,)");
+  TORCH_CHECK_VALUE(n >= 0, "split(): argument 'n' is ", n, ", but accepted are integers from 0");
 }
 
 }  // namespace dropout_ext

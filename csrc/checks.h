@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
 
 namespace dropout_ext {
 
@@ -11,8 +12,13 @@ void check_probability(double p);
 void check_input(const at::Tensor& input, bool affine);
 // `input` as for apply: what the key's device and, for keys of shape (n, 2), its n must match.
 void check_key(const at::Tensor& key, const at::Tensor& input);
-// In place: neither overlapping itself nor a leaf that requires grad.
+// In place: no memory that several elements share, no leaf that requires grad, and no inference
+// tensor outside of inference mode.
 void check_writable(const at::Tensor& input);
 void check_mask_strides(const at::Tensor& input, int64_t n_strides);
+
+// Deriving keys: `n` for step, rank or slice; `n` keys.
+void check_fold_in(const at::Tensor& key, const c10::SymInt& n);
+void check_split(const at::Tensor& key, const c10::SymInt& n);
 
 }  // namespace dropout_ext

@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -35,11 +34,15 @@ Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
+// Of an index modulo 2^64. A SymInt holds integers below -2^62 on the heap, so nothing here takes
+// arrays of plain ones.
+uint64_t bits_of(const SymInt& index) { return static_cast<uint64_t>(index.expect_int()); }
+
 // `in` is undefined for the keep mask.
 void set_map(ApplyArgs& args, const Tensor& in, const Tensor& out, bool batched,
-             at::IntArrayRef mask_strides, uint64_t mask_offset) {
+             SymIntArrayRef mask_strides, const SymInt& mask_offset) {
   IndexMap& map = args.map;
-  map.mask_offset = mask_offset;
+  map.mask_offset = bits_of(mask_offset);
   if (!batched && mask_strides.empty() && out.is_contiguous() &&
       (!in.defined() || in.is_contiguous())) {
     map.ndim = 1;
@@ -53,7 +56,7 @@ void set_map(ApplyArgs& args, const Tensor& in, const Tensor& out, bool batched,
   map.ndim = static_cast<int>(ndim);
   for (int64_t d = ndim - 1; d >= 0; --d) {
     map.dims[d] = {out.size(d), in.defined() ? in.stride(d) : out.stride(d), out.stride(d),
-                   mask_strides.empty() ? row_major : static_cast<uint64_t>(mask_strides[d])};
+                   mask_strides.empty() ? row_major : bits_of(mask_strides[d])};
     row_major *= static_cast<uint64_t>(out.size(d));
   }
   if (batched) {
@@ -90,7 +93,7 @@ void cuda_kernel_missing(const c10::OperatorHandle&, torch::jit::Stack*) { fail_
 #endif
 
 void run(const Tensor& in, const Tensor& out, const Tensor& key, double p, Epilogue epilogue,
-         const EpilogueParams& params, at::IntArrayRef mask_strides, int64_t mask_offset) {
+         const EpilogueParams& params, SymIntArrayRef mask_strides, const SymInt& mask_offset) {
   if (out.numel() == 0) return;
   ApplyArgs args;
   args.in = in.defined() ? in.const_data_ptr() : nullptr;
@@ -99,7 +102,7 @@ void run(const Tensor& in, const Tensor& out, const Tensor& key, double p, Epilo
   args.epilogue = epilogue;
   args.params = params;
   args.threshold = threshold(p);
-  set_map(args, in, out, key.dim() == 2, mask_strides, static_cast<uint64_t>(mask_offset));
+  set_map(args, in, out, key.dim() == 2, mask_strides, mask_offset);
 #ifdef DROPOUT_EXT_WITH_CUDA
   if (out.is_cuda()) return cuda::apply(args, key.contiguous(), out.device());
 #else
@@ -116,7 +119,7 @@ Tensor new_output(const Tensor& input) {
   return at::empty_like(input);
 }
 
-void check(const Tensor& input, const Tensor& key, double p, at::IntArrayRef mask_strides,
+void check(const Tensor& input, const Tensor& key, double p, SymIntArrayRef mask_strides,
            bool affine) {
   check_probability(p);
   check_input(input, affine);
@@ -127,7 +130,7 @@ void check(const Tensor& input, const Tensor& key, double p, at::IntArrayRef mas
 // Kernels, for the CPU and for CUDA alike.
 
 Tensor apply_kernel(const Tensor& input, const Tensor& key, double p, double scale,
-                    at::IntArrayRef mask_strides, int64_t mask_offset) {
+                    SymIntArrayRef mask_strides, SymInt mask_offset) {
   check(input, key, p, mask_strides, false);
   const Tensor out = new_output(input);
   run(input, out, key, p, Epilogue::kScale, {.scale = scale}, mask_strides, mask_offset);
@@ -135,15 +138,15 @@ Tensor apply_kernel(const Tensor& input, const Tensor& key, double p, double sca
 }
 
 void apply_kernel_(Tensor& input, const Tensor& key, double p, double scale,
-                   at::IntArrayRef mask_strides, int64_t mask_offset) {
+                   SymIntArrayRef mask_strides, SymInt mask_offset) {
   check(input, key, p, mask_strides, false);
-  at::assert_no_internal_overlap(input);
+  check_writable(input);
   run(input, input, key, p, Epilogue::kScale, {.scale = scale}, mask_strides, mask_offset);
 }
 
 Tensor apply_affine_kernel(const Tensor& input, const Tensor& key, double p, double scale,
-                           double bias, double dropped, at::IntArrayRef mask_strides,
-                           int64_t mask_offset) {
+                           double bias, double dropped, SymIntArrayRef mask_strides,
+                           SymInt mask_offset) {
   check(input, key, p, mask_strides, true);
   const Tensor out = new_output(input);
   run(input, out, key, p, Epilogue::kAffine, {scale, bias, dropped}, mask_strides, mask_offset);
@@ -151,20 +154,20 @@ Tensor apply_affine_kernel(const Tensor& input, const Tensor& key, double p, dou
 }
 
 void apply_affine_kernel_(Tensor& input, const Tensor& key, double p, double scale, double bias,
-                          double dropped, at::IntArrayRef mask_strides, int64_t mask_offset) {
+                          double dropped, SymIntArrayRef mask_strides, SymInt mask_offset) {
   check(input, key, p, mask_strides, true);
-  at::assert_no_internal_overlap(input);
+  check_writable(input);
   run(input, input, key, p, Epilogue::kAffine, {scale, bias, dropped}, mask_strides, mask_offset);
 }
 
-Tensor keep_mask_kernel(const Tensor& key, double p, at::IntArrayRef size,
-                        at::IntArrayRef mask_strides, int64_t mask_offset,
+Tensor keep_mask_kernel(const Tensor& key, double p, at::SymIntArrayRef size,
+                        SymIntArrayRef mask_strides, SymInt mask_offset,
                         std::optional<at::Device> device) {
   const at::Device to = device.value_or(key.device());
   const auto bools = at::TensorOptions().dtype(at::kBool);
   const bool ours = to.is_cpu() || to.is_cuda();
   // A device without a kernel gets the CPU's mask.
-  Tensor out = at::empty(size, bools.device(ours ? to : at::Device(at::kCPU)));
+  Tensor out = at::empty_symint(size, bools.device(ours ? to : at::Device(at::kCPU)));
   check_probability(p);
   check_key(key, out);
   check_mask_strides(out, static_cast<int64_t>(mask_strides.size()));
@@ -176,6 +179,7 @@ Tensor keep_mask_kernel(const Tensor& key, double p, at::IntArrayRef size,
 
 // keys: shape (..., 2).
 Tensor fold_in_kernel(const Tensor& key, int64_t n) {
+  check_fold_in(key, n);
   Tensor out = at::empty_like(key, at::MemoryFormat::Contiguous);
   auto* to = static_cast<Key*>(out.mutable_data_ptr());
   const Tensor words = key.contiguous();
@@ -186,6 +190,7 @@ Tensor fold_in_kernel(const Tensor& key, int64_t n) {
 }
 
 Tensor split_kernel(const Tensor& key, int64_t n) {
+  check_split(key, n);
   Tensor out = at::empty({n, 2}, key.options());
   auto* to = static_cast<Key*>(out.mutable_data_ptr());
   const Tensor words = key.contiguous();

@@ -48,11 +48,13 @@ def _(key, p, size, mask_strides, mask_offset, *, device=None):
 
 @torch.library.register_fake("dropout_ext::fold_in")
 def _(key, n):
+    _C.check_fold_in(key, n)
     return torch.empty_like(key)
 
 
 @torch.library.register_fake("dropout_ext::split")
 def _(key, n):
+    _C.check_split(key, n)
     return key.new_empty(n, 2)
 
 
@@ -77,13 +79,23 @@ def _apply_affine_(input, *arguments):
     input.copy_(_apply_affine(input, *arguments))
 
 
+def _fold_in(key, n):
+    _C.check_fold_in(key, n)
+    return _reference.fold_in(key, n)
+
+
+def _split(key, n):
+    _C.check_split(key, n)
+    return _reference.split(key, n)
+
+
 _library.impl("apply", _apply, "CompositeExplicitAutograd")
 _library.impl("apply_", _apply_, "CompositeExplicitAutograd")
 _library.impl("apply_affine", _apply_affine, "CompositeExplicitAutograd")
 _library.impl("apply_affine_", _apply_affine_, "CompositeExplicitAutograd")
 _library.impl("keep_mask", _reference.keep_mask, "CompositeExplicitAutograd")
-_library.impl("fold_in", _reference.fold_in, "CompositeExplicitAutograd")
-_library.impl("split", _reference.split, "CompositeExplicitAutograd")
+_library.impl("fold_in", _fold_in, "CompositeExplicitAutograd")
+_library.impl("split", _split, "CompositeExplicitAutograd")
 
 
 # vmap. One key is one mask: stride 0 along the batch. A key per example is a key per slice.

@@ -418,6 +418,11 @@ def _run(
     _check_source(key, generator)
     if _is_dtensor(input):
         return _sharded(input, p, inplace, key, generator, scale, affine, mask_strides, mask_offset)
+    if not is_dynamo_compiling():
+        # Before a key is drawn, so that a call that fails leaves the generator alone.
+        _C.check_call(input, p, key, affine is not None, len(mask_strides or ()))
+        if inplace and not _ops.is_traced(input):
+            _C.check_writable(input)
     if key is None:
         key = (
             torch.zeros(2, dtype=torch.int64, device=input.device)

@@ -1,17 +1,26 @@
 """Autograd around the operators: forward mode, compiled autograd, hooks, saved tensors."""
 
+import functools
+
 import pytest
 import torch
 import torch.autograd.forward_ad as fwd
+import torch.nn.functional as F
 from family import ALPHA, MODULES
 from helpers import assert_same_bits, random_tensor
 from torch._dynamo import compiled_autograd
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import dropout_ext
 from dropout_ext import _reference as reference
 from dropout_ext import dropout
 
 N = 1000
+ops = torch.ops.dropout_ext
 
 
 def factor(key, n=N):
@@ -259,3 +268,120 @@ def test_cuda(key):
     with fwd.dual_level():
         y = fwd.unpack_dual(dropout(fwd.make_dual(x, torch.ones_like(x)), key=key))
         assert_same_bits(y.tangent, factor(key))
+
+
+def test_p_1_in_inference_mode_leaves_no_trace():
+    with torch.inference_mode():
+        dropout(torch.ones(3), 1.0)
+    x = torch.ones(3, requires_grad=True)
+    dropout(x, 1.0).sum().backward()
+    assert torch.equal(x.grad, torch.zeros(3))
+
+
+def failing_hook(tensor):
+    raise ValueError("hook")
+
+
+@pytest.mark.parametrize("cause", ["hook", "inference key"])
+@pytest.mark.parametrize("view", [False, True])
+def test_a_failed_call_in_place_changes_nothing(cause, view, key):
+    x = torch.ones(8, requires_grad=True)
+    base = x * 2
+    y = base[:4] if view else base
+    before = y.detach().clone(), y.grad_fn, y._version
+    if cause == "hook":
+        hooks = torch.autograd.graph.saved_tensors_hooks(failing_hook, lambda packed: packed)
+        with pytest.raises(ValueError, match="hook"), hooks:
+            dropout(y, key=key, inplace=True)
+    else:
+        with torch.inference_mode():
+            key = key.clone()
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            dropout(y, key=key, inplace=True)
+    assert torch.equal(y, before[0])
+    assert (y.grad_fn, y._version) == before[1:]
+    base.sum().backward()
+    assert torch.equal(x.grad, torch.full((8,), 2.0))
+
+
+def test_in_place_under_hooks_that_work(key):
+    x = torch.ones(N, requires_grad=True)
+    y = x * 2
+    with torch.autograd.graph.save_on_cpu():
+        dropout(y, key=key, inplace=True)
+    assert torch.equal(y, 2 * factor(key))
+    y.sum().backward()
+    assert torch.equal(x.grad, 2 * factor(key))
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["key", "key per slice"])
+@pytest.mark.parametrize("sparse_dims", [1, 2])
+@pytest.mark.parametrize("shape", [(40, 6), (40, 3, 2)])
+def test_sparse_gradient(shape, sparse_dims, batched, key):
+    """It stays sparse, with the values that a dense one has, of entries given twice too."""
+    key = reference.split(key, shape[0]) if batched else key
+    index = torch.tensor([[3, 0, 3, 39, 7], [2, 1, 2, 0, 0]])[:sparse_dims]
+    values = random_tensor((5, *shape[sparse_dims:]), torch.float64)
+    grad = torch.sparse_coo_tensor(index, values, shape, check_invariants=True)
+    weight = random_tensor(shape, torch.float64).requires_grad_()
+    y = dropout(weight, 0.4, key=key)
+    (actual,) = torch.autograd.grad(y, weight, grad, retain_graph=True)
+    (expected,) = torch.autograd.grad(y, weight, grad.to_dense())
+    assert actual.is_sparse
+    assert actual.sparse_dim() == sparse_dims
+    assert torch.equal(actual.to_dense(), expected)
+
+
+def test_gradient_of_a_sparse_embedding(key):
+    index = torch.tensor([3, 0, 3, 39, 7])
+    grads = []
+    for sparse in (False, True):
+        weight = random_tensor((40, 6)).requires_grad_()
+        F.embedding(index, dropout(weight, 0.4, key=key), sparse=sparse).sum().backward()
+        grads.append(weight.grad)
+    assert grads[1].is_sparse
+    assert torch.equal(grads[1].to_dense(), grads[0])
+
+
+def test_sparse_gradient_of_nan_is_dropped(key):
+    weight = torch.ones(4, 64, requires_grad=True)
+    y = dropout(weight, 0.5, key=key)
+    mask = y != 0
+    index = torch.tensor([[1, 2]])
+    values = torch.full((2, 64), torch.nan)
+    y.backward(torch.sparse_coo_tensor(index, values, (4, 64), check_invariants=True))
+    expected = torch.zeros(4, 64, dtype=torch.bool)
+    expected[1:3] = mask[1:3]
+    assert torch.equal(weight.grad.to_dense().isnan(), expected)
+
+
+@pytest.mark.parametrize("saved", [ops.apply_.default, ops.apply.default])
+def test_selective_checkpoint_in_place(saved, key):
+    """Whatever the policy keeps, a recomputed tensor is dropped from as the first one was."""
+
+    def choose(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op is saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def f(x):
+        return dropout(x * 2, 0.5, key=key, inplace=True).sin()
+
+    x = random_tensor((N,)).requires_grad_()
+    contexts = functools.partial(create_selective_checkpoint_contexts, choose)
+    y = checkpoint(f, x, use_reentrant=False, context_fn=contexts)
+    (actual,) = torch.autograd.grad(y.sum(), x)
+    (expected,) = torch.autograd.grad(f(x).sum(), x)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("stride", [2**63, -(2**63), -(2**62) - 5, 2**64 - 8])
+def test_strides_of_any_64_bits(stride, key):
+    expected = reference.keep_mask(key, 0.5, (3, 40), [stride, 1], stride)
+    place = {"mask_strides": (stride, 1), "mask_offset": stride}
+    x = torch.ones(3, 40, requires_grad=True)
+    y = dropout(x, key=key, **place)
+    y.sum().backward()
+    assert torch.equal(y != 0, expected)
+    assert torch.equal(x.grad != 0, expected)
+    assert torch.equal(dropout_ext.keep_mask(x.shape, 0.5, key, **place), expected)
+    compiled = torch.compile(lambda x: dropout(x, key=key, **place), backend="aot_eager")
+    assert torch.equal(compiled(x) != 0, expected)

@@ -1,15 +1,19 @@
 """Bad input: the exception's type, and that its message names the argument, the value and what is
 accepted."""
 
+import contextlib
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import make_key
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dropout_ext
-from dropout_ext import functional
+from dropout_ext import _reference as reference
+from dropout_ext import dropout, functional
 
 X = torch.ones(4, 6)
 KEY = make_key()
@@ -226,6 +230,104 @@ def test_keep_mask(arguments, exception, parts):
 )
 def test_keys(call, exception, parts):
     check(exception, parts, call)
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "parts"),
+    [
+        (lambda: ops.fold_in(torch.zeros(2), 1), TypeError, ["'key'", "float32", "uint64"]),
+        (lambda: ops.fold_in(KEY.to(torch.uint8), 1), TypeError, ["'key'", "uint8", "uint64"]),
+        (lambda: ops.fold_in(KEY.new_zeros(3), 1), ValueError, ["'key'", "[3]", "(2,)"]),
+        (lambda: ops.fold_in(KEY[0], 1), ValueError, ["'key'", "[]", "(2,)"]),
+        (lambda: ops.fold_in(KEY, -1), ValueError, ["'n'", "-1"]),
+        (lambda: ops.split(torch.zeros(2), 3), TypeError, ["'key'", "float32", "uint64"]),
+        (lambda: ops.split(KEY[:0], 3), ValueError, ["'key'", "[0]", "(2,)"]),
+        (lambda: ops.split(KEY[None], 3), ValueError, ["'key'", "[1, 2]", "(2,)"]),
+        (lambda: ops.split(KEY, -1), ValueError, ["'n'", "-1"]),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_operators_of_keys_check_too(call, exception, parts, device, monkeypatch):
+    if device == "meta":  # the reference, which devices without a kernel of ours run, and shapes
+        monkeypatch.setitem(globals(), "KEY", KEY.to("meta"))
+    check(exception, parts, call)
+
+
+class Raises:
+    """A value whose conversion to a bool or a number fails."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def fail(self):
+        raise self.error
+
+    __bool__ = __float__ = __index__ = fail
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize("argument", ["p", "training", "inplace", "mask_offset", "mask_strides"])
+def test_an_argument_that_raises(argument, error):
+    """Its error comes out at the call, and the input stays as it was. A failed conversion to a
+    number is one more way to be of the wrong type.
+    """
+    value = (Raises(error),) if argument == "mask_strides" else Raises(error)
+    x = torch.ones(3)
+    bool_or_interrupt = argument in ("training", "inplace") or isinstance(error, KeyboardInterrupt)
+    expected = type(error) if bool_or_interrupt else TypeError
+    call = {"inplace": True} | {argument: value}
+    check(expected, [] if bool_or_interrupt else [f"'{argument}'"], lambda: dropout(x, **call))
+    assert torch.equal(x, torch.ones(3))
+
+
+@pytest.mark.parametrize("argument", ["training", "inplace"])
+def test_an_ambiguous_bool(argument):
+    x = torch.ones(3)
+    check(RuntimeError, ["ambiguous"], lambda: dropout(x, **{argument: torch.ones(2)}))
+    assert torch.equal(x, torch.ones(3))
+
+
+@pytest.mark.parametrize("value", [1.5, None, "1", torch.ones(1)])
+@pytest.mark.parametrize("argument", ["mask_offset", "mask_strides"])
+def test_indices_that_are_no_integers(argument, value):
+    given = (value,) if argument == "mask_strides" else value
+    check(
+        TypeError,
+        [f"'{argument}'", type(value).__name__],
+        lambda: dropout(torch.ones(3), **{argument: given}),
+    )
+
+
+@pytest.mark.parametrize("index", [np.uint64(2**64 - 1), np.int8(-1), torch.tensor(-1), -1])
+def test_indices_of_other_integer_types(index):
+    expected = reference.apply(torch.ones(3, 5), KEY, 0.5, 2.0, [-1, 1], -1)
+    actual = dropout(torch.ones(3, 5), key=KEY, mask_strides=(index, 1), mask_offset=index)
+    assert torch.equal(actual, expected)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["subclass", "mode"])
+def test_failing_calls_that_are_not_plain_draw_nothing(kind):
+    leaf = torch.ones(2, 3, requires_grad=True)
+    wide = torch.ones(1, 3).expand(2, 3)
+    if kind == "subclass":
+        leaf, wide = leaf.as_subclass(Subclass), wide.as_subclass(Subclass)
+    with Mode() if kind == "mode" else contextlib.nullcontext():
+        check(RuntimeError, ["leaf"], lambda: dropout(leaf, inplace=True))
+        check(RuntimeError, ["memory location"], lambda: dropout(wide, inplace=True))
+        check(ValueError, ["'mask_strides'"], lambda: dropout(wide, mask_strides=(1,)))
+        check(TypeError, ["'input'", "int64"], lambda: dropout(wide.long()))
+    inference = torch.inference_mode()(torch.ones)(3)
+    check(RuntimeError, ["inference tensor"], lambda: dropout(inference, inplace=True))
+    assert torch.equal(inference, torch.ones(3))
 
 
 @pytest.mark.parametrize("p", [-0.1, math.nan])
