@@ -260,6 +260,7 @@ PYBIND11_MODULE(_C, m) {
         check_mask_strides(input, n_strides);
       },
       py::arg("input"), py::arg("p"), py::arg("key"), py::arg("affine"), py::arg("n_strides"));
+  m.def("check_replay", check_replay, py::arg("generator"));
   m.def("check_writable", check_writable, py::arg("input"));
   m.def("check_fold_in", check_fold_in, py::arg("key"), py::arg("n"));
   m.def("check_split", check_split, py::arg("key"), py::arg("n"));

@@ -1,7 +1,9 @@
 #include "draw.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include <mutex>
 
@@ -29,7 +31,18 @@ at::Tensor draw_cpu(const std::optional<at::Generator>& generator) {
 
 }  // namespace
 
+void check_replay(const std::optional<at::Generator>& generator) {
+  if (!generator || torch::autograd::get_current_graph_task_id() == -1) return;
+  TORCH_CHECK(
+      *generator == at::globalContext().defaultGenerator(generator->device()),
+      "dropout(): argument 'generator' cannot be drawn from in a backward pass: an "
+      "activation checkpoint that runs its forward again there restores the state of the "
+      "default generators only, so that the gradients would be those of another mask. "
+      "Draw a key outside of the checkpoint and pass it as 'key', or leave out 'generator'");
+}
+
 at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device device) {
+  check_replay(generator);
   const bool cpu_generator = generator && generator->device().is_cpu();
   TORCH_CHECK_VALUE(!generator || cpu_generator || generator->device().type() == device.type(),
                     "dropout(): argument 'generator' is on ", generator->device(),

@@ -8,6 +8,10 @@
 
 namespace dropout_ext {
 
+// RuntimeError where a recomputation in a backward pass would silently get another key than its
+// forward: every checkpoint restores the default generators, none of them another one.
+void check_replay(const std::optional<at::Generator>& generator);
+
 // A fresh key, uint64 of shape (2,), for a tensor on `device`: from `generator`, or from the
 // device's default one. A CPU generator serves every device; any other generator only its own.
 at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device device);

@@ -236,6 +236,8 @@ def draw_key(input: Tensor, generator: torch.Generator | None) -> Tensor:
             "dropout(): argument 'generator' cannot be compiled: draw a key outside of the "
             "compiled function and pass it as 'key'"
         )
+    if generator is not None:
+        _C.check_replay(generator)
     device = input.device if generator is None else generator.device
     mode = contextlib.nullcontext()
     if not torch.compiler.is_dynamo_compiling():

@@ -1,12 +1,15 @@
 """Recomputation: activation checkpointing, selective too, and activation memory budgets."""
 
+import contextlib
 import functools
 
 import pytest
 import torch
 import torch._functorch.config
-from helpers import make_key
+import torch.nn.functional as F
+from helpers import assert_same_bits, make_key
 from torch import nn
+from torch.func import jvp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -15,10 +18,133 @@ from torch.utils.checkpoint import (
 )
 
 import dropout_ext
+from dropout_ext import dropout
 
 COMPILE = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 KEYED = pytest.mark.parametrize("keyed", [False, True], ids=["drawn", "keyed"])
 LAYERS = 3
+N = 200
+
+
+def own_generator():
+    return torch.Generator().manual_seed(7)
+
+
+def overridden(x):
+    with dropout_ext.override():
+        return F.dropout(x)
+
+
+def tangent(x, **kwargs):
+    """Drawn where functorch is at work."""
+    return jvp(lambda x: dropout(x, **kwargs), (x,), (torch.ones_like(x),))[0]
+
+
+# What a mask may come from.
+SOURCES = {
+    "drawn": dropout,
+    "drawn under functorch": tangent,
+    "key": functools.partial(dropout, key=make_key(5)),
+    "default generator": functools.partial(dropout, generator=torch.default_generator),
+    "override inside": overridden,
+    "override outside": F.dropout,
+}
+# What no graph can hold; the region runs in eager mode, then.
+GRAPH_BREAKS = {"default generator", "override inside"}
+# Of these no checkpoint restores the state.
+GENERATORS = {
+    "generator": lambda: functools.partial(dropout, generator=own_generator()),
+    "generator of the module": lambda: dropout_ext.Dropout(generator=own_generator()),
+    "generator under functorch": lambda: functools.partial(tangent, generator=own_generator()),
+    "generator of drop_path": lambda: functools.partial(
+        dropout_ext.functional.drop_path, drop_prob=0.5, training=True, generator=own_generator()
+    ),
+}
+
+
+def nested(region, *args, **kwargs):
+    def outer(*args):
+        return checkpoint(region, *args, use_reentrant=False).clone()
+
+    return checkpoint(outer, *args, **kwargs)
+
+
+def selective(policy):
+    def choose(ctx, op, *args, **kwargs):
+        return policy if op is torch.ops.dropout_ext.apply.default else prefer
+
+    prefer = CheckpointPolicy.PREFER_RECOMPUTE
+    contexts = functools.partial(create_selective_checkpoint_contexts, choose)
+    return functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+
+
+# The ways of running a region that run it again, without a word, for the backward.
+PATHS = {
+    "reentrant": functools.partial(checkpoint, use_reentrant=True),
+    "non-reentrant": functools.partial(checkpoint, use_reentrant=False),
+    "to its end": functools.partial(checkpoint, use_reentrant=False, early_stop=False),
+    "nested": functools.partial(nested, use_reentrant=False),
+    "nested in reentrant": functools.partial(nested, use_reentrant=True),
+    "saved": selective(CheckpointPolicy.MUST_SAVE),
+    "recomputed": selective(CheckpointPolicy.MUST_RECOMPUTE),
+}
+each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+
+
+class Region(nn.Module):
+    """Two masks on one input. What comes after them needs what they returned, for the gradient of
+    the weight; they themselves need their keys, for that of the input.
+    """
+
+    def __init__(self, drop):
+        super().__init__()
+        self.drop, self.calls = drop, 0
+
+    def forward(self, x, weight):
+        if not torch.compiler.is_compiling():
+            self.calls += 1
+        return torch.stack([self.drop(x), self.drop(x)]) * weight
+
+
+def step(call):
+    """One step on ones: output, gradient of the input, gradient of the weight."""
+    x, weight = (torch.ones(shape, requires_grad=True) for shape in ((N,), (2, N)))
+    y = call(x, weight)
+    torch.rand(7)  # the state that the backward finds is not the one of the forward
+    y.sum().backward()
+    return y.detach(), x.grad, weight.grad
+
+
+def assert_one_mask(y, gradient, weight_gradient):
+    assert set(y.unique().tolist()) == {0.0, 2.0}
+    assert_same_bits(weight_gradient, y)
+    assert_same_bits(gradient, y.sum(0))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@each_path
+@COMPILE
+def test_the_gradient_has_the_mask_of_the_forward(path, source, compiled):
+    region = Region(SOURCES[source])
+    call = functools.partial(path, region)
+    if compiled:
+        torch.compiler.reset()
+        call = torch.compile(call, backend="aot_eager", fullgraph=source not in GRAPH_BREAKS)
+    around = source == "override outside"
+    with dropout_ext.override() if around else contextlib.nullcontext():
+        assert_one_mask(*step(call))
+    assert compiled or region.calls > 1
+
+
+@pytest.mark.parametrize("source", GENERATORS)
+@each_path
+def test_a_generator_errs_where_the_forward_runs_again(path, source):
+    """Rather than give the gradients of another mask; and it works where it does not."""
+    region = Region(GENERATORS[source]())
+    assert_one_mask(*step(region))
+    with pytest.raises(RuntimeError, match=r"'generator'.*backward.*pass it as 'key'"):
+        step(functools.partial(path, region))
+    assert_one_mask(*step(region))
 
 
 class Block(nn.Module):
@@ -210,3 +336,15 @@ def test_cuda(use_reentrant, compiled, keyed):
         y = f(x, recompute)
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *blocks.parameters()])])
     assert_equal(*results)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_cuda_generator(use_reentrant, device):
+    """The backward runs in a thread of its own."""
+    module = dropout_ext.Dropout(generator=torch.Generator(device).manual_seed(7))
+    x = torch.ones(N, device="cuda", requires_grad=True)
+    y = checkpoint(module, x, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="pass it as 'key'"):
+        y.sum().backward()
