@@ -187,7 +187,8 @@ def _seal_key(words: Tensor) -> Tensor:
     key that its forward drew: under an activation memory budget the partitioner would draw again.
     """
     meta = torch.fx.traceback.current_meta
-    if not torch.compiler.is_compiling() or "recompute" in meta:
+    # Not torch.compiler.is_compiling(), which is False inside of AOTAutograd before torch 2.13.
+    if not torch.fx.traceback.has_preserved_node_meta() or "recompute" in meta:
         return words.bitwise_not()
     meta["recompute"] = CheckpointPolicy.MUST_SAVE
     try:
