@@ -1,12 +1,18 @@
-"""Everything that needs a GPU, in one command and in under ten minutes: build, tests,
-compute-sanitizer, benchmark. Needs what is installed there (a CUDA torch, nvcc, ninja, pybind11,
-pytest) and no network.
+"""Everything that needs a GPU: build, tests, compute-sanitizer, benchmark. Needs what is installed
+there (a CUDA torch, nvcc, ninja, pybind11, pytest) and no network.
 
-    python tools/gpu_check.py [--only build,tests,memcheck,racecheck,benchmark] [--out FOLDER]
+    python tools/gpu_check.py [--only build,tests,sanitizer,benchmark] [--out FOLDER]
+                              [--built FILE]
 
-Leaves a report (JSON, CSV, Markdown, picture) in benchmarks/results/<device>. A part that the
-machine cannot run is reported as not run, with the reason, and the rest goes on. Exit status: 0 if
-nothing failed, 1 if something did, 2 if the machine lacks what every part needs.
+Each part ends within eight minutes, so where a command may take no more than ten, run one part per
+command, `--only build` first: they add to one report. `--built` takes an extension that was built
+elsewhere for this Python and torch instead of building one (docs/cuda.md says how).
+
+The report in benchmarks/results/<device> is at most eight files of at most 16 MiB: report.md,
+report.json, bench.csv, floor.svg, and of each part that failed its whole log. Logs and bench.csv
+are there while a part runs. A part that the machine cannot run is reported as not run, with the
+reason, and the rest goes on. Exit status: 0 if nothing failed, 1 if something did, 2 if the machine
+lacks what the parts need.
 """
 
 from __future__ import annotations
@@ -25,14 +31,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-TOTAL_SECONDS = 570
+MAX_FILE_BYTES = 16 * 2**20
 WORKLOAD_DONE = "workload: done"
 
 
@@ -55,8 +67,12 @@ def find_program(name: str, *subfolders: str) -> str | None:
     return shutil.which(name)
 
 
-def requirements() -> dict[str, str]:
-    """What every part needs, and what was found; empty where it is missing."""
+def find_sanitizer() -> str | None:
+    return find_program("compute-sanitizer", "compute-sanitizer", "extras/compute-sanitizer")
+
+
+def requirements(names: list[str], built: Path | None = None) -> dict[str, str]:
+    """What these parts need, and what was found; empty where it is missing."""
     found = {}
     try:
         import torch
@@ -66,14 +82,21 @@ def requirements() -> dict[str, str]:
         found["GPU"] = torch.cuda.get_device_name() if gpu else ""
     except ImportError:
         found["torch with CUDA"] = found["GPU"] = ""
-    found["nvcc"] = find_program("nvcc") or ""
-    found["C++ compiler"] = shutil.which(os.environ.get("CXX", "c++")) or ""
-    for package in ("ninja", "pybind11", "pytest"):
+    packages = []
+    if "build" in names and built is None:
+        found["nvcc"] = find_program("nvcc") or ""
+        found["C++ compiler"] = shutil.which(os.environ.get("CXX", "c++")) or ""
+        packages += ["ninja", "pybind11"]
+    if "tests" in names:
+        packages.append("pytest")
+    if "benchmark" in names:
+        packages.append("numpy")
+    for package in packages:
         module = importlib.util.find_spec(package)
         # The pybind11 that torch brings along serves as well.
         found[package] = version(package) if module else "with torch" * (package == "pybind11")
-    if not found["ninja"] and shutil.which("ninja"):
-        found["ninja"] = shutil.which("ninja")
+    if found.get("ninja") == "":
+        found["ninja"] = shutil.which("ninja") or ""
     return found
 
 
@@ -85,22 +108,36 @@ def version(package: str) -> str:
 
 
 def run(command: list[str], seconds: float, log: Path, **env: str) -> int | None:
-    """Exit status, None for a command that took too long and was ended with its children."""
-    with log.open("w") as output:
+    """Exit status, None for a command that took too long and was ended with its children. What it
+    prints is added to `log`."""
+    with log.open("a") as output:
+        print("$", *command, file=output, flush=True)
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, **env},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            return process.wait(timeout=seconds)
+            return process.wait(timeout=max(1, seconds))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return None
+
+
+def cut(log: Path) -> None:
+    """Leaves both ends of a log that is too large for the report."""
+    half = MAX_FILE_BYTES // 2 - 100
+    if (size := log.stat().st_size) <= MAX_FILE_BYTES:
+        return
+    with log.open("rb") as file:
+        head = file.read(half)
+        file.seek(size - half)
+        tail = file.read()
+    log.write_bytes(head + f"\n[{size - 2 * half} bytes left out]\n".encode() + tail)
 
 
 def tail(log: Path, lines: int = 15) -> str:
@@ -111,26 +148,48 @@ def outcome(name: str, status: int | None, log: Path) -> Part:
     if status == 0:
         return Part(name, "pass", "")
     what = "took too long" if status is None else f"exit status {status}"
-    return Part(name, "fail", f"{what}\n{tail(log)}")
+    return Part(name, "fail", f"{what}; the end of {log.name}:\n{tail(log)}")
 
 
-def build(out: Path, logs: Path, seconds: float) -> Part:
+def self_check(log: Path, what: str = "") -> Part:
+    """Whether the extension in dropout_ext/ works on the GPU."""
+    part = outcome("build", run([sys.executable, "-m", "dropout_ext"], 120, log), log)
+    if part.status == "pass" and "cuda:0" not in log.read_text(errors="replace"):
+        part = Part("build", "fail", f"the extension was built without CUDA\n{tail(log)}")
+    part.detail = part.detail or f"{what}, self-check passed"
+    return part
+
+
+def build(log: Path, seconds: float, built: Path | None = None) -> Part:
     import torch
 
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    if built is not None and not built.name.endswith(suffix):
+        return Part("build", "fail", f"{built} is not for this Python, which loads *{suffix}")
+    for stale in (ROOT / "dropout_ext").glob("_C*.so"):
+        stale.unlink()
+    if built is not None:
+        shutil.copy(built, ROOT / "dropout_ext" / f"_C{suffix}")
+        return self_check(log, f"{built.name}, built elsewhere")
     arch = "{}.{}".format(*torch.cuda.get_device_capability())
     env = {"TORCH_CUDA_ARCH_LIST": arch, "DROPOUT_EXT_CUDA": "1"}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    part = outcome("build", run(command, seconds, logs / "build.log", **env), logs / "build.log")
-    if part.status == "fail":
-        return part
-    log = logs / "self_check.log"
-    part = outcome("build", run([sys.executable, "-m", "dropout_ext"], 60, log), log)
-    part.detail = part.detail or f"for sm_{arch.replace('.', '')}, self-check passed"
+    began = time.monotonic()
+    status = run(command, seconds, log, DROPOUT_EXT_WERROR="1", **env)
+    if status == 0:
+        return self_check(log, f"for sm_{arch.replace('.', '')}")
+    part = outcome("build", status, log)
+    # A compiler that warns of more than those at hand is a fault, but no reason to lose the rest.
+    left = seconds - (time.monotonic() - began)
+    if run(command, left, log, DROPOUT_EXT_WERROR="0", **env) == 0:
+        part.detail = f"warnings are errors; without that it builds, and is used\n{part.detail}"
     return part
 
 
 def unavailable_tests() -> dict[str, str]:
     """Test files that import, at their top, a package that is not installed."""
+    # What pytest finds: it runs from the root, and puts the folder of a test on the path.
+    folders = (ROOT, ROOT / "tests", ROOT / "tools")
     missing = {}
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         for node in ast.parse(path.read_text()).body:
@@ -140,23 +199,26 @@ def unavailable_tests() -> dict[str, str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module]
             for name in (name.split(".")[0] for name in names):
-                local = any(
-                    (ROOT / folder / f"{name}.py").exists() for folder in ("tests", "tools")
+                ours = any(
+                    (folder / found).exists()
+                    for folder in folders
+                    for found in (f"{name}.py", f"{name}/__init__.py")
                 )
-                if not local and importlib.util.find_spec(name) is None:
+                if not ours and importlib.util.find_spec(name) is None:
                     missing[path.name] = name
     return missing
 
 
-def tests(out: Path, logs: Path, seconds: float) -> Part:
-    log, junit = logs / "tests.log", logs / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider"]
-    command += ["--tb=short", f"--junitxml={junit}"]
+def tests(log: Path, seconds: float) -> Part:
     left_out = unavailable_tests()
-    command += [f"--ignore=tests/{name}" for name in left_out]
-    part = outcome("tests", run(command, seconds, log), log)
-    if junit.exists():
-        suite = ElementTree.parse(junit).getroot().find("testsuite")
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "cuda", "-v", "-p", "no:cacheprovider"]
+        command += ["--tb=short", "--durations=10", f"--junitxml={junit}"]
+        command += [f"--ignore=tests/{name}" for name in left_out]
+        part = outcome("tests", run(command, seconds, log), log)
+        suite = ElementTree.parse(junit).getroot().find("testsuite") if junit.exists() else None
+    if suite is not None:
         counts = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
         part.figures = counts
         failed = counts["failures"] + counts["errors"]
@@ -166,79 +228,162 @@ def tests(out: Path, logs: Path, seconds: float) -> Part:
                  if case.find("skipped") is not None}  # fmt: skip
         notes = [summary, *(f"skipped: {reason}" for reason in sorted(filter(None, skips)))]
         part.detail = "\n".join([*notes, part.detail]).strip()
-        if ran == 0 and part.status == "pass":
+        if ran == 0:
             part.status = "fail"
     for name, package in left_out.items():
         part.detail += f"\nnot run: tests/{name} ({package} is not installed)"
     return part
 
 
-def workload() -> None:
-    """Every path, dtype and misalignment once, for compute-sanitizer."""
+def every_kernel(device: str) -> Iterator[tuple[str, Tensor]]:
+    """Calls that reach every kernel, with ends within and beyond a vector, and their results."""
+    import torch
+
+    import dropout_ext
+    from dropout_ext import _C, dropout, keep_mask
+
+    key = dropout_ext.key(42)
+    on_gpu = device != "cpu"
+    # Rows that begin at a vector and rows that do not, and columns, of a mask of (19, 1000).
+    masks = {"flat": None, "rows": (1000, 1), "columns": (1, 19)}
+    sizes = {"flat": (1, 9, 1025, 5003), "rows": (19 * 64, 19 * 61), "columns": (19 * 64, 19 * 61)}
+
+    def tensors(dtype):
+        real = dtype.to_real() if dtype.is_complex else dtype
+        values = (torch.arange(2 * 5003 + 8, device=device) % 251 - 125).to(real) / 8
+        for path, strides in masks.items():
+            for size in sizes[path]:
+                for begin in (0, 1, 3):
+                    # Through the storage, because views of complex tensors begin at whole elements.
+                    storage = values.clone().untyped_storage()[begin * real.itemsize :]
+                    x = torch.empty(0, dtype=dtype, device=device).set_(storage, 0, (size,))
+                    yield path, strides, begin, x if path == "flat" else x.view(19, -1)
+
+    for wide in (False, True):
+        if on_gpu:
+            _C._force_cuda_geometry(0, 0, wide)
+        for dtype in (
+            torch.float64, torch.float32, torch.float16, torch.bfloat16,
+            torch.complex128, torch.complex64,
+        ):  # fmt: skip
+            for path, strides, begin, x in tensors(dtype):
+                what = f"{path}, {dtype}, {tuple(x.shape)} from {begin}, wide {wide}"
+                yield what, dropout(x, 0.5, key=key, mask_strides=strides, mask_offset=8)
+                if path == "columns":
+                    yield f"transposed {what}", dropout(x.t(), 0.5, key=key)
+                    shared = dropout(x, 0.5, key=key, broadcast_dims=(1,), inplace=True)
+                    yield f"in place, one decision per row, {what}", shared
+        for path, strides in masks.items():
+            for size in sizes[path]:
+                shape = (size,) if path == "flat" else (19, size // 19)
+                for offset in (0, 3):
+                    kwargs = {"device": device, "mask_strides": strides, "mask_offset": offset}
+                    what = f"mask, {path}, {shape} from {offset}, wide {wide}"
+                    yield what, keep_mask(shape, 0.5, key, **kwargs)
+    if on_gpu:
+        _C._force_cuda_geometry(0, 0, False)
+    x = torch.ones(300, 7, device=device)
+    yield "keys per slice", dropout(x, 0.5, key=dropout_ext.split(key, 300))
+    yield "alpha", dropout_ext.functional.alpha_dropout(x, 0.5, True, key=key)
+
+
+def captured_draw() -> tuple[Tensor, Tensor]:
+    """What a graph that draws its key computes in a replay, and what that key gives outside it."""
     import torch
 
     import dropout_ext
 
-    key = dropout_ext.key(42)
-    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64)
-    apply = torch.ops.dropout_ext.apply
-    for dtype in (*dtypes, torch.complex128):
-        for size in (1, 9, 1025, 5003):
-            for begin in (0, 1, 3):
-                x = torch.ones(size + begin, device="cuda", dtype=dtype)[begin:]
-                apply(x, key, 0.5, 2.0, (), 0)
-                torch.ops.dropout_ext.apply_(x, key.cuda(), 0.5, 2.0, (), 3)
-        x = torch.ones(3, 5, 33, 17, device="cuda", dtype=dtype)
-        apply(x, key, 0.5, 2.0, (5, 1, 0, 0), 0)
-        apply(x.contiguous(memory_format=torch.channels_last), key, 0.5, 2.0, (), 7)
-        apply(x.transpose(0, 3), dropout_ext.split(key, 17), 0.5, 2.0, (), 0)
-        apply(x[:1, :, 1:, ::2].expand(3, 5, 32, 9), key, 1.0, 2.0, (), 0)
-    dropout_ext.functional.alpha_dropout(x.real.contiguous(), 0.5, True)
-    dropout_ext.keep_mask((5, 1001), 0.5, key, device="cuda")
+    x = torch.ones(300, 7, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = dropout_ext.dropout(x, 0.5)
+    torch.cuda.manual_seed(7)
+    graph.replay()
+    return y, dropout_ext.dropout(x, 0.5, key=dropout_ext.key(7))
+
+
+def workload(name: str) -> None:
+    import torch
+
+    if name == "calls":
+        for _ in every_kernel("cuda"):
+            pass
+    else:
+        captured_draw()
     torch.cuda.synchronize()
     print(WORKLOAD_DONE)
 
 
-def sanitize(tool: str, logs: Path, seconds: float) -> Part:
-    sanitizer = find_program("compute-sanitizer", "compute-sanitizer", "extras/compute-sanitizer")
-    if sanitizer is None:
-        return Part(tool, "not run", "compute-sanitizer was not found")
-    log = logs / f"{tool}.log"
-    # Without torch's caching allocator, so that an overrun leaves its allocation.
-    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
-    script = [sys.executable, str(Path(__file__).resolve()), "--workload"]
-    began = time.monotonic()
-    status = run(script, seconds / 2, logs / "workload.log", **env)
-    if status != 0:
-        return outcome(tool, status, logs / "workload.log")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *script]
-    status = run(command, seconds - (time.monotonic() - began), log, **env)
-    text = log.read_text(errors="replace")
-    errors = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
-    if errors and int(errors[1]) > 0 and WORKLOAD_DONE in text:
-        return Part(tool, "fail", f"{errors[0]}\n{tail(log, 40)}")
-    if errors and int(errors[1]) == 0 and WORKLOAD_DONE in text and status == 0:
-        return Part(tool, "pass", errors[0])
-    if errors and re.search(r"Invalid __\w+__ (read|write)|Misaligned|hazard", text):
-        return Part(tool, "fail", tail(log, 40))
-    # The workload passes without the tool, so it is the tool that does not work here.
-    what = "it took too long" if status is None else f"exit status {status}"
-    return Part(tool, "not run", f"compute-sanitizer does not work here, {what}\n{tail(log)}")
+# Without torch's caching allocator, so that an overrun leaves its allocation; but a graph's memory
+# has to outlive its capture.
+WORKLOADS = {"calls": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "graph": {}}
+OUR_KERNELS = ("--kernel-name", "kernel_substring=dropout_ext")
+# initcheck has to see PyTorch's kernels write what ours read.
+SANITIZER_TOOLS = {
+    "memcheck": ("--report-api-errors", "no", *OUR_KERNELS),
+    "synccheck": OUR_KERNELS,
+    "initcheck": ("--check-api-memory-access", "no"),
+    "racecheck": OUR_KERNELS,
+}
 
 
-def memcheck(out: Path, logs: Path, seconds: float) -> Part:
-    return sanitize("memcheck", logs, seconds)
+def uses_shared_memory() -> bool:
+    files = (ROOT / "csrc").rglob("*.cu*")
+    return any("__shared__" in file.read_text() for file in files)
 
 
-def racecheck(out: Path, logs: Path, seconds: float) -> Part:
-    return sanitize("racecheck", logs, seconds)
+def judge(text: str) -> tuple[str, str]:
+    """What a tool's output says of our kernels: pass, fail or not run, and why."""
+    records = re.split(r"^=+ (?=\S)", text, flags=re.MULTILINE)[1:]
+    found = [record for record in records if re.search(r"\bat .*dropout_ext", record)]
+    if found:
+        return "fail", f"{len(found)} reports, the first: {found[0].strip()}"
+    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)
+    if summary and WORKLOAD_DONE in text:
+        return "pass", f"nothing in our kernels ({summary[1].strip()} in all)"
+    last = "\n".join(text.splitlines()[-15:])
+    return "not run", f"it does not work here; the end of its output:\n{last}"
 
 
-def benchmark(out: Path, logs: Path, seconds: float) -> Part:
-    if not (ROOT / "benchmarks" / "__main__.py").exists():
-        return Part("benchmark", "not run", "benchmarks/ is not here")
-    log = logs / "benchmark.log"
-    command = [sys.executable, "-m", "benchmarks", "--gpu", "--out", str(out)]
+def sanitizer(log: Path, seconds: float) -> Part:
+    program = find_sanitizer()
+    if program is None:
+        return Part("sanitizer", "not run", "compute-sanitizer was not found")
+    end = time.monotonic() + seconds
+    tools = [tool for tool in SANITIZER_TOOLS if tool != "racecheck" or uses_shared_memory()]
+    runs = [(tool, name) for tool in tools for name in WORKLOADS]
+    results = {}
+    details = [] if "racecheck" in tools else ["racecheck: not run, no kernel has shared memory"]
+    for name, env in WORKLOADS.items():
+        status = run(workload_command(name), seconds / 4, log, **env)
+        if status != 0:  # without a tool, so it is the workload itself
+            return outcome("sanitizer", status, log)
+    for i, (tool, name) in enumerate(runs):
+        before = log.stat().st_size
+        command = [program, "--tool", tool, "--print-limit", "0", "--show-backtrace", "device"]
+        command += [*SANITIZER_TOOLS[tool], *workload_command(name)]
+        left = (end - time.monotonic()) / (len(runs) - i)
+        status = run(command, left, log, **WORKLOADS[name])
+        result, why = judge(log.read_bytes()[before:].decode(errors="replace"))
+        if result == "not run" and status is None:
+            why = "it took too long"
+        results[f"{tool}, {name}"] = result
+        details.append(f"{tool}, {name}: {result}, {why}")
+    ran = [result for result in results.values() if result != "not run"]
+    status = "fail" if "fail" in ran else "pass" if ran else "not run"
+    return Part("sanitizer", status, "\n".join(details), figures=results)
+
+
+def workload_command(name: str) -> list[str]:
+    # -c and not this file, whose folder would be on the path instead of the root.
+    code = f"from tools import gpu_check; gpu_check.workload({name!r})"
+    return [sys.executable, "-c", code]
+
+
+def benchmark(log: Path, seconds: float) -> Part:
+    out = log.parent
+    (out / "bench.csv").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks", "--gpu", "--no-plots", "--out", str(out)]
     command += ["--seconds", str(max(30, int(seconds) - 60))]
     status = run(command, seconds, log)
     part = outcome("benchmark", status, log)
@@ -261,11 +406,10 @@ def figures(out: Path) -> list[dict]:
 
 # In order, with the most seconds that each may take.
 PARTS = {
-    "build": (build, 200),
-    "tests": (tests, 200),
-    "memcheck": (memcheck, 80),
-    "racecheck": (racecheck, 60),
-    "benchmark": (benchmark, 280),
+    "build": (build, 420),
+    "tests": (tests, 420),
+    "sanitizer": (sanitizer, 420),
+    "benchmark": (benchmark, 420),
 }
 
 
@@ -330,27 +474,26 @@ def draw(rows: list[dict], path: Path, device: str) -> None:
     path.write_text("\n".join([*parts, "</svg>", ""]))
 
 
-def report(out: Path, info: dict[str, str], parts: list[Part], seconds: float) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    rows = figures(out) if any(p.name == "benchmark" and p.figures for p in parts) else []
-    pictures = [path.name for path in sorted(out.glob("*.png"))] if rows else []
-    if rows and not pictures:
+def earlier(out: Path, info: dict[str, str]) -> dict[str, Part]:
+    """The parts that commands before this one left in the report, of the same machine and code."""
+    path = out / "report.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    # The report itself, where it is committed, makes a tree dirty.
+    here, there = (
+        {**i, "commit": i["commit"].removesuffix("-dirty")}
+        for i in (info, content.get("machine", {"commit": ""}))
+    )
+    if here != there:
+        return {}
+    return {part["name"]: Part(**part) for part in content["parts"]}
+
+
+def report(out: Path, info: dict[str, str], parts: list[Part]) -> None:
+    rows = figures(out) if any(part.name == "benchmark" for part in parts) else []
+    if rows:
         draw(rows, out / "floor.svg", info["device"])
-        pictures = ["floor.svg"]
-    content = {
-        "machine": info,
-        "seconds": round(seconds, 1),
-        "parts": [asdict(part) for part in parts],
-        "figures": rows,
-        "pictures": pictures,
-    }
+    content = {"machine": info, "parts": [asdict(part) for part in parts], "figures": rows}
     (out / "report.json").write_text(json.dumps(content, indent=1) + "\n")
-    with (out / "report.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["part", "status", "seconds", "detail", *info])
-        for part in parts:
-            first = part.detail.split("\n")[0]
-            writer.writerow([part.name, part.status, f"{part.seconds:.1f}", first, *info.values()])
     lines = [f"# {info['device']}", ""]
     lines += [f"- {name}: {value}" for name, value in info.items() if name != "device"]
     lines += ["", "| part | result | seconds |", "|---|---|---|"]
@@ -370,7 +513,8 @@ def report(out: Path, info: dict[str, str], parts: list[Part], seconds: float) -
         for row in judged:
             cells = (row["case"], row["side"], f"{row['p50']} {row['unit']}", row["bar"])
             lines.append(f"| {' | '.join(cells)} | {'yes' if row['met'] == 'True' else 'no'} |")
-    lines += [line for name in pictures for line in ("", f"![{name}]({name})")]
+    if rows:
+        lines += ["", "![floor.svg](floor.svg)"]
     (out / "report.md").write_text("\n".join([*lines, ""]))
 
 
@@ -380,49 +524,55 @@ def main() -> int:
     )
     parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
     parser.add_argument("--out", type=Path, help="folder of the report")
-    parser.add_argument("--workload", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--built", type=Path, help="an extension to use instead of building one")
     args = parser.parse_args()
-    if args.workload:
-        workload()
-        return 0
     names = args.only.split(",")
     if unknown := set(names) - set(PARTS):
         parser.error(f"argument --only: {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    if args.built and not args.built.is_file():
+        parser.error(f"argument --built: {args.built} is not a file")
 
-    found = requirements()
+    found = requirements(names, args.built)
     for name, what in found.items():
-        print(f"{name:16} {what or 'MISSING'}")
-    sanitizer = find_program("compute-sanitizer", "compute-sanitizer", "extras/compute-sanitizer")
-    print(f"{'compute-sanitizer':16} {sanitizer or 'missing: memcheck and racecheck will not run'}")
+        print(f"{name:17} {what or 'MISSING'}")
+    if "sanitizer" in names:
+        print(f"{'compute-sanitizer':17} {find_sanitizer() or 'missing: will not run'}")
     if missing := [name for name, what in found.items() if not what]:
         print(f"nothing was run: this machine lacks {', '.join(missing)}")
         return 2
 
-    began = time.monotonic()
     info = machine()
     slug = re.sub(r"[^a-z0-9]+", "-", info["device"].lower()).strip("-")
     out = (args.out or ROOT / "benchmarks" / "results" / slug).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    parts: list[Part] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in (name for name in PARTS if name in names):
-            function, most = PARTS[name]
-            left = TOTAL_SECONDS - (time.monotonic() - began)
-            start = time.monotonic()
-            if parts and parts[0].name == "build" and parts[0].status == "fail":
-                part = Part(name, "not run", "the build failed")
-            elif left < 20:
-                part = Part(name, "not run", "no time left")
+    parts = earlier(out, info)
+    usable = None
+    for name in (name for name in PARTS if name in names):
+        function, most = PARTS[name]
+        print(f"{name} ...", flush=True)
+        began = time.monotonic()
+        log = out / f"{name}.log"
+        log.unlink(missing_ok=True)
+        if name == "build":
+            part = build(log, most, args.built)
+            usable = part if part.status == "pass" else None
+        else:
+            usable = usable or self_check(log)
+            if usable.status == "pass":
+                part = function(log, most)
             else:
-                print(f"{name} ...", flush=True)
-                part = function(out, Path(folder), min(most, left))
-            part.seconds = time.monotonic() - start
-            parts.append(part)
-            print(f"{name}: {part.status} ({part.seconds:.0f} s) {part.detail}", flush=True)
-            # After each part, so that what was found is kept whatever happens to the next.
-            report(out, info, parts, time.monotonic() - began)
-    print(f"{out / 'report.md'} ({time.monotonic() - began:.0f} s)")
-    return 1 if any(part.status == "fail" for part in parts) else 0
+                part = Part(name, "not run", f"no extension that works\n{usable.detail}")
+        part.seconds = time.monotonic() - began
+        if part.status == "fail":
+            cut(log)
+        else:
+            log.unlink(missing_ok=True)
+        print(f"{name}: {part.status} ({part.seconds:.0f} s) {part.detail}", flush=True)
+        # After each part, so that what was found is kept whatever happens to the next.
+        parts[name] = part
+        report(out, info, [parts[name] for name in PARTS if name in parts])
+    print(out / "report.md")
+    return 1 if any(parts[name].status == "fail" for name in names) else 0
 
 
 if __name__ == "__main__":
