@@ -87,15 +87,16 @@ def progress_bar(console):
     return Progress(*columns, TimeElapsedColumn(), console=console)
 
 
-def run_worker(environment, on_gpu, sections, args, progress, seconds):
-    """Rows, notes and whether all of the sections succeeded."""
+def run_worker(environment, on_gpu, sections, args, progress, seconds, take, save):
+    """Notes and whether all of the sections succeeded; each row goes to `take`. On a GPU, whose
+    time may end before the benchmark, `save` is called as figures come."""
     command = [sys.executable, "-m", "benchmarks.worker", *sections]
     command += ["--quick"] * args.quick + ["--gpu"] * on_gpu
     env = os.environ | ENVIRONMENTS[environment] | {"BENCH_ENVIRONMENT": environment}
     env |= {"QUICK": "1" if args.quick else "", "BENCH_SECONDS": str(seconds)}
     where = "GPU" if on_gpu else environment
     task = progress.add_task(where, total=None)
-    rows, notes = [], []
+    notes = []
     with tempfile.TemporaryFile("w+") as errors:
         worker = subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True
@@ -113,11 +114,13 @@ def run_worker(environment, on_gpu, sections, args, progress, seconds):
                 if message.get("section"):
                     progress.update(task, description=label)
             elif "row" in message:
-                rows.append(message["row"])
+                take(message["row"])
             elif "note" in message:
                 notes.append(message["note"])
             elif "step" in message:
                 progress.advance(task)
+                if on_gpu:
+                    save()
         failed = worker.wait() != 0
         limit.cancel()
         errors.seek(0)
@@ -125,7 +128,7 @@ def run_worker(environment, on_gpu, sections, args, progress, seconds):
     progress.remove_task(task)
     if failed:
         notes.append(f"{', '.join(sections)} ({where}) FAILED:\n{log[-6000:]}")
-    return rows, notes, not failed
+    return notes, not failed
 
 
 def main(argv=None):
@@ -136,6 +139,7 @@ def main(argv=None):
     parser.add_argument("--gpu", action="store_true", help="only what runs on the GPU")
     parser.add_argument("--only", help=f"sections, comma-separated, of {', '.join(SECTIONS)}")
     parser.add_argument("--out", type=Path, help="folder for CSV and pictures")
+    parser.add_argument("--no-plots", action="store_true", help="draw no pictures")
     parser.add_argument("--seconds", type=float, help="stop taking GPU figures after this long")
     args = parser.parse_args(argv)
     args.quick = args.quick or os.environ.get("QUICK", "0") not in ("", "0")
@@ -167,28 +171,35 @@ def main(argv=None):
     began = time.monotonic()
     budget = args.seconds or (220 if args.gpu else 100)
     commit, rows, notes, ok = record.commit(), [], [], True
+
+    def take(row):
+        rows.append(row | {"device": devices[row["device"]], "commit": commit})
+
+    def save():
+        record.write(rows, out / "bench.csv")
+
     workers = list(plan(names, gpu, args.gpu, info.get("cpu_variants", ()), args.quick))
     with progress_bar(console) as progress:
         whole = progress.add_task("processes", total=len(workers))
         for environment, on_gpu, sections in workers:
-            found, said, good = run_worker(environment, on_gpu, sections, args, progress, budget)
-            rows += found
+            before = len(rows)
+            said, good = run_worker(
+                environment, on_gpu, sections, args, progress, budget, take, save
+            )
             notes += said
             ok &= good
             progress.advance(whole)
             if not (tables and console.is_terminal):
                 where = "GPU" if on_gpu else environment
-                say(f"{', '.join(sections)} ({where}): {len(found)} figures")
-    for row in rows:
-        row |= {"device": devices[row["device"]], "commit": commit}
+                say(f"{', '.join(sections)} ({where}): {len(rows) - before} figures")
 
     drawn = []
     if rows:
-        record.write(rows, out / "bench.csv")
+        save()
         if tables:
             table = record.read(out / "bench.csv")
             tables.show(table, console)
-            drawn = [path.name for path in plots.draw(table, out)]
+            drawn = [] if args.no_plots else [path.name for path in plots.draw(table, out)]
         else:
             say(f"no tables and pictures: {missing}")
             for row in rows:

@@ -1,12 +1,15 @@
 """GPU figures: device time by CUDA events, host time per call, memory, independence of calls.
 
-Sides take turns within a round. Before each timed call a buffer larger than the L2 cache is written
-and the stream is put to sleep, so that the call's kernels find no input in the cache and are all
-enqueued before the first of them runs: what the events see is the device's time alone.
+Sides take turns within a round. Before what is timed a buffer larger than the L2 cache is read, so
+that no input is in the cache and none of its lines waits to be written back, and the stream is put
+to sleep until all kernels are enqueued: what the events see is the device's time alone. Small
+tensors are timed by the batch, because events resolve half a microsecond: all calls of a batch but
+the first find their input in the cache.
 """
 
 import os
 import time
+import traceback
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +20,10 @@ from benchmarks import cases, timing
 from benchmarks.cases import Case, Ki, Mi, P, Side
 
 Gi = 2**30
-ASLEEP = 600_000  # cycles, some 0.3 ms: longer than forward and backward take to enqueue
+ASLEEP = 600_000  # cycles, some 0.3 ms: mostly longer than the calls take to enqueue
+MOST_ASLEEP = 2**29
+BATCHED = 4 * Mi  # elements that a batch of calls goes through, in
+MOST_CALLS = 50  # calls at most: the queue holds about a thousand kernels
 DTYPES = ("float32", "bfloat16", "float16")
 
 COPY = Side("y.copy_(x)", "floor", "y.copy_(x)", "y = torch.empty_like(x)")
@@ -41,25 +47,37 @@ def function(case, side, names):
     return eval(f"lambda: {statement}", names)
 
 
-def device_seconds(functions, rounds):
-    """Device time of each function per round, one column per function."""
+def evict(buffer):
+    """Fills the cache with lines of `buffer`, by reading alone."""
+    buffer.sum()
+
+
+def device_seconds(functions, rounds, calls=1):
+    """Device time per call of each function per round, one column per function."""
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    flush = torch.empty(max(4 * l2, 2**26), dtype=torch.int8, device="cuda")
+    buffer = torch.zeros(max(l2, 2**24), device="cuda")  # four bytes each
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for f in functions:
         for _ in range(3):
             f()
     seconds = np.empty((rounds, len(functions)))
+    asleep = ASLEEP
     for r in range(rounds):
         for k in range(len(functions)):
             i = (k + r) % len(functions)
-            flush.zero_()
-            torch.cuda._sleep(ASLEEP)
-            start.record()
-            functions[i]()
-            end.record()
-            end.synchronize()
-            seconds[r, i] = start.elapsed_time(end) * 1e-3
+            while True:
+                evict(buffer)
+                torch.cuda._sleep(asleep)
+                start.record()
+                for _ in range(calls):
+                    functions[i]()
+                end.record()
+                enqueued = not start.query()  # all of it, before the first kernel ran
+                end.synchronize()
+                if enqueued or asleep >= MOST_ASLEEP:
+                    break
+                asleep *= 2
+            seconds[r, i] = start.elapsed_time(end) * 1e-3 / calls
     return seconds
 
 
@@ -101,7 +119,25 @@ class Runner:
 
     def __init__(self, emit, quick, deadline):
         self.emit, self.quick, self.deadline = emit, quick, deadline
-        self.late = []
+        self.late, self.failed, self.left_out = [], [], []
+
+    def attempt(self, what, function, *args):
+        """A part that fails is noted and leaves the others alone."""
+        try:
+            function(*args)
+        except Exception as error:
+            traceback.print_exc()
+            self.failed.append(what)
+            self.emit({"note": f"{what}, GPU: FAILED ({type(error).__name__}: {error})"[:300]})
+        self.emit({"step": what})
+
+    def check_peer(self, side, check):
+        """Leaves a peer out of all cases if it does not work, whatever the reason."""
+        try:
+            check()
+        except Exception as error:
+            self.left_out.append(side)
+            self.emit({"note": f"{side.name} left out ({type(error).__name__}: {error})"[:300]})
 
     def out_of_time(self, what):
         if time.monotonic() < self.deadline:
@@ -113,6 +149,8 @@ class Runner:
         """[(side, function, saved bytes)] of the sides that work here."""
         found = []
         for side in case.sides:
+            if side in self.left_out:
+                continue
             try:
                 names = timing.namespace(case, side, "cuda")
                 saved = None
@@ -142,7 +180,8 @@ class Runner:
             return
         contestants = self.contestants(case)
         rounds = 10 if self.quick else (40 if case.elements <= 64 * Mi else 12)
-        seconds = device_seconds([run for _, run, _ in contestants], rounds)
+        calls = max(1, min(MOST_CALLS, BATCHED // case.elements))
+        seconds = device_seconds([run for _, run, _ in contestants], rounds, calls)
         self.rows(case, contestants, seconds)
         del contestants
         torch.cuda.empty_cache()
@@ -168,7 +207,7 @@ def bars(case):
 
 
 def device_cases(quick):
-    """The sizes that the bars are about first, then the rest, then what has to be compiled."""
+    """The sizes that the bars are about first, then the rest."""
     large = (16 * Mi, 64 * Mi) if quick else (16 * Mi, 64 * Mi, 256 * Mi, Gi)
     small = (4 * Ki, Mi) if quick else (4 * Ki, 64 * Ki, Mi, 4 * Mi)
     for sizes in (large, small):
@@ -285,26 +324,26 @@ def independence(emit):
                 emit({"row": row})
 
 
+def check_triton():
+    from benchmarks import triton_dropout
+
+    for dtype in DTYPES:
+        triton_dropout.check(getattr(torch, dtype))
+
+
 def run(emit, quick, device):
     deadline = time.monotonic() + float(os.environ.get("BENCH_SECONDS", "200")) * 0.6
     runner = Runner(emit, quick, deadline)
     emit({"total": 3 + len(list(device_cases(quick)))})
     for dtype in DTYPES:
         check(dtype)
-    try:
-        from benchmarks import triton_dropout
-
-        for dtype in DTYPES:
-            triton_dropout.check(getattr(torch, dtype))
-    except ImportError as error:
-        emit({"note": f"Triton left out: {error}"})
-    for part in (independence, memory):
-        part(emit)
-        emit({"step": part.__name__})
-    host(runner)
-    emit({"step": "host"})
+    runner.check_peer(TRITON, check_triton)
+    runner.attempt("independence", independence, emit)
+    runner.attempt("memory", memory, emit)
+    runner.attempt("host time", host, runner)
     for case in device_cases(quick):
-        runner.device(case)
-        emit({"step": str(case)})
+        runner.attempt(str(case), runner.device, case)
     if runner.late:
         emit({"note": f"out of time, left out: {'; '.join(runner.late)}"})
+    if runner.failed:
+        raise RuntimeError(f"failed: {'; '.join(runner.failed)}")

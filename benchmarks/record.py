@@ -64,12 +64,15 @@ def versions():
 
 
 def write(rows, path):
+    """Whole or not at all: whoever reads it while it is written sees the file before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+    os.replace(fresh, path)
 
 
 def read(path):

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 MICRO = ("micro", "bars", "family", "hugepages", "peers")
@@ -82,6 +83,9 @@ def main():
                 module.run(emit, args.quick, device)
             except ImportError as error:
                 emit({"note": f"{section}: left out, {error}"})
+            except Exception:  # the sections after it run
+                traceback.print_exc()
+                code = 1
     return code
 
 
