@@ -34,7 +34,7 @@ $(INSTALLED): requirements-dev.txt requirements-test.txt
 	$(PY) -m pip install -q "$(TORCH)" -r requirements-dev.txt
 	@rm -f $(VENV)/.installed-*; touch $@
 
-$(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
+$(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*/*)
 	@mkdir -p build && touch build/.started  # an edit during the build is newer than the stamp
 	@echo "building the extension (log: build/build.log)"
 	@$(PY) setup.py -q build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }

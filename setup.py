@@ -118,7 +118,7 @@ def with_torch(torch) -> dict:
     # The torch version is on the command line so that another torch recompiles everything: ninja
     # does not track system headers.
     macros = [("DROPOUT_EXT_TORCH_VERSION", string_macro(torch.__version__))]
-    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    files = sources("csrc/operator/*.cpp", "csrc/cpu/*.cpp")
     nvcc_flags = []
     if cuda_home:
         gpus = range(torch.cuda.device_count())

@@ -7,8 +7,47 @@ import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from . import _call, _draw, _geometry
+from ._call import Call
 
-def check(input: DTensor, inplace: bool) -> None:
+
+def run(input: DTensor, call: Call) -> Tensor:
+    """The mask of the whole tensor, each shard of it computed where it lies."""
+    strides = call.mask_strides or _geometry.row_major(input.shape)
+    key = call.key
+    if _call.is_dtensor(key):
+        # Not every backend sends uint64.
+        key = (key.view(torch.int64) if key.dtype == torch.uint64 else key).full_tensor()
+        call = call._replace(key=key)
+    # Of the whole: every rank errs or none, before anything is drawn or sent.
+    check_placements(input, call.inplace)
+    _call.check(input, call)
+    if torch.compiler.is_dynamo_compiling() and key is not None and key.dim() == 2:
+        check_batched_key(input, key)
+    if input.device_mesh.get_coordinate() is None:
+        return input  # a rank that has no part in the tensor
+    whole, begin, size = localize(input)
+    if key is None and call.p < 1:
+        key = agree(_draw.draw_key(input, call.generator), input)
+    elif key is not None and key.dim() == 2:
+        key = key.narrow(0, begin[0], size[0])
+    offset = call.mask_offset + sum(at * step for at, step in zip(begin, strides, strict=True))
+    shard = call._replace(
+        inplace=False, key=key, generator=None, mask_strides=strides, mask_offset=offset
+    )
+    out = wrap(_call.run(whole.to_local(), shard), whole)
+    return input.copy_(out) if call.inplace else out
+
+
+def check_batched_key(input: DTensor, key: Tensor) -> None:
+    if key.size(0) != input.size(0):
+        raise ValueError(
+            f"dropout(): argument 'key' has shape {tuple(key.shape)}, but accepted are (2,) and, "
+            f"for one key per slice of dimension 0, ({input.size(0)}, 2)"
+        )
+
+
+def check_placements(input: DTensor, inplace: bool) -> None:
     for placement in input.placements:
         if placement.is_partial():
             if inplace:

@@ -138,14 +138,6 @@ def _scalar(value: float, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
-def _select(input: Tensor, keep: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
-    """keep ? kept : dropped, in the dtype of `input` and the strides of empty_like(input).
-
-    Selected, not multiplied: NaN and infinity do not survive a drop.
-    """
-    return torch.empty_like(input).copy_(torch.where(keep, kept, dropped))
-
-
 def apply(
     input: Tensor,
     key: Tensor,
@@ -153,34 +145,25 @@ def apply(
     scale: float,
     mask_strides: Sequence[int] = (),
     mask_offset: int = 0,
+    bias: float = -0.0,
+    dropped: float = 0.0,
 ) -> Tensor:
-    """keep ? input * scale : +0, complex numbers as two reals under one decision."""
+    """keep ? fma(input, scale, bias) : dropped, complex numbers as two reals under one decision.
+
+    A bias of -0 makes it keep ? input * scale : dropped, signed zeros and all.
+    """
     keep = keep_mask(key, p, input.shape, mask_strides, mask_offset, device=input.device)
     if input.is_complex():
-        parts = torch.view_as_real(input.resolve_conj())
-        scaled = parts * _scalar(scale, parts)
-        dropped = torch.zeros_like(scaled)
-        result = torch.view_as_complex(torch.where(keep.unsqueeze(-1), scaled, dropped))
-        return torch.empty_like(input).copy_(result)
-    x = input.to(_compute_dtype(input.dtype))
-    return _select(input, keep, x * _scalar(scale, x), _scalar(0, x))
-
-
-def apply_affine(
-    input: Tensor,
-    key: Tensor,
-    p: float,
-    scale: float,
-    bias: float,
-    dropped: float,
-    mask_strides: Sequence[int] = (),
-    mask_offset: int = 0,
-) -> Tensor:
-    """keep ? fma(input, scale, bias) : dropped, for real floating dtypes."""
-    keep = keep_mask(key, p, input.shape, mask_strides, mask_offset, device=input.device)
-    x = input.to(_compute_dtype(input.dtype))
-    kept = fma(x, _scalar(scale, x), _scalar(bias, x))
-    return _select(input, keep, kept, _scalar(dropped, x))
+        x, keep = torch.view_as_real(input.resolve_conj()), keep.unsqueeze(-1)
+    else:
+        x = input.to(_compute_dtype(input.dtype))
+    scaled = _scalar(scale, x)
+    kept = x * scaled if bias == 0 else fma(x, scaled, _scalar(bias, x))
+    # Selected, not multiplied: NaN and infinity do not survive a drop.
+    result = torch.where(keep, kept, _scalar(dropped, x))
+    return torch.empty_like(input).copy_(
+        torch.view_as_complex(result) if input.is_complex() else result
+    )
 
 
 def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from ._call import check_probability
 
 __all__ = [
     "AlphaDropout",
@@ -39,7 +40,7 @@ class _Drawing:
         self, p: float = 0.5, inplace: bool = False, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__(p, inplace)
-        functional._check_probability(p)  # torch.nn lets NaN pass
+        check_probability(p)  # torch.nn lets NaN pass
         if generator is not None:
             self.generator = generator
 
@@ -139,7 +140,7 @@ class DropPath(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        functional._check_probability(drop_prob)
+        check_probability(drop_prob)
         self.drop_prob = drop_prob
         self.scale_by_keep = scale_by_keep
         self.inplace = inplace

@@ -9,6 +9,7 @@ from torch.nn.parameter import Buffer, Parameter
 from torch.overrides import TorchFunctionMode
 
 from . import functional
+from ._call import Call
 
 __all__ = ["override"]
 
@@ -70,11 +71,11 @@ def _alpha_dropout_(input, p, train):
 
 
 def _feature_dropout(input, p, train):
-    return functional._features(input, True, p, train, False, None, None)
+    return functional._features(input, Call(p, train))
 
 
 def _feature_dropout_(input, p, train):
-    return functional._features(input, True, p, train, True, None, None)
+    return functional._features(input, Call(p, train, True))
 
 
 def _feature_alpha_dropout(input, p, train):

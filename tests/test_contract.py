@@ -181,7 +181,7 @@ def test_reference_on_meta(key):
     x = torch.empty(3, 5, device="meta", dtype=torch.bfloat16)
     out = reference.apply(x, key.to("meta"), 0.5, 2.0)
     assert out.shape == x.shape and out.dtype == x.dtype and out.device == x.device
-    affine = reference.apply_affine(x, key.to("meta"), 0.5, 2.0, 1.0, 0.0)
+    affine = reference.apply(x, key.to("meta"), 0.5, 2.0, bias=1.0, dropped=0.0)
     assert affine.shape == x.shape and affine.dtype == x.dtype
 
 

@@ -31,7 +31,7 @@ for threads in (1, 2):
             x = random_tensor((n,), dtype, special=True)
             add(ops.apply(x, make_key(), 0.3, 1 / 0.7, [1], 2**35 - 50))
             if dtype in FLOAT_DTYPES:
-                add(ops.apply_affine(x, make_key(), 0.3, 0.9, 0.2, -1.5, [1], 3))
+                add(ops.apply(x, make_key(), 0.3, 0.9, [1], 3, 0.2, -1.5))
         for layout in LAYOUTS.values():
             x = layout(random_tensor((5, 37, 13, 11), dtype))
             for strides in ([], [37, 1, 0, 0], [1, 0, 0, 0], [143, 0, 11, 1]):

@@ -37,8 +37,8 @@ def test_layout(layout, shape, dtype, key):
         assert_same_bits(y, expected)
         assert_same_bits(x, before)
         if not dtype.is_complex:
-            y = ops.apply_affine(x, key, 0.5, 2.0, 0.5, -1.0, strides, 3)
-            contiguous = ops.apply_affine(x.contiguous(), key, 0.5, 2.0, 0.5, -1.0, strides, 3)
+            y = ops.apply(x, key, 0.5, 2.0, strides, 3, 0.5, -1.0)
+            contiguous = ops.apply(x.contiguous(), key, 0.5, 2.0, strides, 3, 0.5, -1.0)
             assert y.stride() == torch.empty_like(x).stride()
             assert_same_bits(y, contiguous)
 

@@ -22,7 +22,7 @@ ops = torch.ops.dropout_ext
 SHAPES = [(), (0,), (1,), (8,), (9,), (41,), (341,), (4231,), (40001,)]
 SHAPES += [(3, 0, 5), (9, 41), (2, 3, 4, 5)]
 PROBABILITIES = [0.1, 0.5, 0.9, 1.0, 1e-12]
-AFFINE = (0.8864, 0.1937, -1.5583)
+SCALE, *AFFINE = 0.8864, 0.1937, -1.5583  # AFFINE: bias and what dropped elements become
 
 
 def scale_of(p):
@@ -49,10 +49,10 @@ def test_apply(dtype, shape, key):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_apply_affine(dtype, shape, key):
     x = random_tensor(shape, dtype)
-    expected = reference.apply_affine(x, key, 0.3, *AFFINE)
-    assert_same_bits(ops.apply_affine(x, key, 0.3, *AFFINE, [], 0), expected)
+    expected = reference.apply(x, key, 0.3, SCALE, [], 0, *AFFINE)
+    assert_same_bits(ops.apply(x, key, 0.3, SCALE, [], 0, *AFFINE), expected)
     y = x.clone()
-    assert ops.apply_affine_(y, key, 0.3, *AFFINE, [], 0) is None
+    assert ops.apply_(y, key, 0.3, SCALE, [], 0, *AFFINE) is None
     assert_same_bits(y, expected)
 
 
@@ -132,8 +132,8 @@ def test_a_key_per_slice(shape, shared, key):
         assert_same_bits(expected[j : j + 1], one)
     mask = ops.keep_mask(keys, 0.5, shape, strides, 3)
     assert torch.equal(mask, reference.keep_mask(keys, 0.5, shape, strides, 3))
-    affine = ops.apply_affine(x, keys, 0.5, *AFFINE, strides, 3)
-    assert_same_bits(affine, reference.apply_affine(x, keys, 0.5, *AFFINE, strides, 3))
+    affine = ops.apply(x, keys, 0.5, SCALE, strides, 3, *AFFINE)
+    assert_same_bits(affine, reference.apply(x, keys, 0.5, SCALE, strides, 3, *AFFINE))
     assert_same_bits(dropout_ext.dropout(x, key=keys), reference.apply(x, keys, 0.5, 2.0))
 
 
@@ -192,7 +192,7 @@ def test_threads_do_not_change_bits(shape, key, threads):
         calls = [
             ops.apply(x, key, 0.5, 2.0, [], 0),
             ops.apply(strided, key, 0.5, 2.0, [], 5),
-            ops.apply_affine(x, key, 0.5, *AFFINE, strides, 0),
+            ops.apply(x, key, 0.5, SCALE, strides, 0, *AFFINE),
             ops.keep_mask(key, 0.5, shape, [], 0),
         ]
         results.append(calls)
@@ -231,7 +231,7 @@ def test_gradcheck_of_affine(key):
     x = random_tensor((3, 7), torch.float64).requires_grad_()
 
     def function(x):
-        return ops.apply_affine(x, key, 0.5, *AFFINE, [], 0)
+        return ops.apply(x, key, 0.5, SCALE, [], 0, *AFFINE)
 
     assert torch.autograd.gradcheck(function, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, x)
@@ -311,23 +311,16 @@ def test_no_graph_without_grad(key):
         assert dropout_ext.dropout(y, inplace=True, key=key) is y
 
 
-@pytest.mark.parametrize(
-    ("op", "numbers"),
-    [
-        (ops.apply, (0.5, 2.0)),
-        (ops.apply_, (0.5, 2.0)),
-        (ops.apply_affine, (0.5, *AFFINE)),
-        (ops.apply_affine_, (0.5, *AFFINE)),
-    ],
-)
+@pytest.mark.parametrize("affine", [(), AFFINE])
+@pytest.mark.parametrize("op", [ops.apply, ops.apply_])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(op, numbers, requires_grad, key):
+def test_opcheck(op, affine, requires_grad, key):
     x = random_tensor((3, 7))
     if requires_grad:
         x = x.requires_grad_() if not op._qualified_op_name.endswith("_") else x
-    torch.library.opcheck(op, (x, key, *numbers, [7, 1], 0))
+    torch.library.opcheck(op, (x, key, 0.5, SCALE, [7, 1], 0, *affine))
     keys = reference.split(key, 3)
-    torch.library.opcheck(op, (x, keys, *numbers, [7, 1], 2**40))
+    torch.library.opcheck(op, (x, keys, 0.5, SCALE, [7, 1], 2**40, *affine))
 
 
 def test_opcheck_of_keep_mask(key):
@@ -365,7 +358,7 @@ def test_in_place_on_overlapping_memory_errs_as_pytorch(requires_grad, key):
     for call in (
         lambda: dropout_ext.dropout(y, 0.5, inplace=True, key=key),
         lambda: ops.apply_(y, key, 0.5, 2.0, [], 0),
-        lambda: ops.apply_affine_(y, key, 0.5, *AFFINE, [], 0),
+        lambda: ops.apply_(y, key, 0.5, SCALE, [], 0, *AFFINE),
     ):
         actual = error_of(call)
         assert actual is not None and actual[0] is expected[0]
@@ -429,11 +422,11 @@ def test_a_device_without_a_kernel_runs_the_reference(key):
     y = x.clone()
     ops.apply_.default.redispatch(other, y, key, 0.5, 2.0, strides, 7)
     assert_same_bits(y, expected)
-    expected = ops.apply_affine(x, key, 0.5, *AFFINE, strides, 7)
-    y = ops.apply_affine.default.redispatch(other, x, key, 0.5, *AFFINE, strides, 7)
+    expected = ops.apply(x, key, 0.5, SCALE, strides, 7, *AFFINE)
+    y = ops.apply.default.redispatch(other, x, key, 0.5, SCALE, strides, 7, *AFFINE)
     assert_same_bits(y, expected)
     y = x.clone()
-    ops.apply_affine_.default.redispatch(other, y, key, 0.5, *AFFINE, strides, 7)
+    ops.apply_.default.redispatch(other, y, key, 0.5, SCALE, strides, 7, *AFFINE)
     assert_same_bits(y, expected)
     mask = ops.keep_mask.default.redispatch(other, key, 0.5, [9, 41], strides, 7)
     assert torch.equal(mask, ops.keep_mask(key, 0.5, [9, 41], strides, 7))

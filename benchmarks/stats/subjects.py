@@ -195,17 +195,17 @@ def _pointer(array):
 
 
 class Contract:
-    """csrc/mask.h, compiled by the host compiler, after replacing `patches` in it."""
+    """csrc/contract/mask.h, compiled by the host compiler, after replacing `patches` in it."""
 
     layouts = ("contiguous",)
     dtypes = (torch.float32, torch.bfloat16)
 
-    def __init__(self, name="csrc/mask.h", patches=()):
+    def __init__(self, name="csrc/contract/mask.h", patches=()):
         self.name = name
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             for header in ("mask.h", "philox.h"):
-                text = (ROOT / "csrc" / header).read_text()
+                text = (ROOT / "csrc" / "contract" / header).read_text()
                 for file, old, new in patches:
                     if file == header:
                         if text.count(old) != 1:

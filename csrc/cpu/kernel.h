@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "../epilogue.h"
-#include "../mask.h"
+#include "../contract/mask.h"
+#include "../epilogue/epilogue.h"
 
 namespace dropout_ext::cpu {
 
@@ -51,9 +51,9 @@ struct Kernels {
                     uint64_t row_stride, int64_t row_words);
   void (*fence)();
 
-  const Of& of(Dtype dtype, Epilogue epilogue) const {
+  const Of& of(Dtype dtype, Epilogue epilogue, const EpilogueParams& params) const {
     if (epilogue == Epilogue::kKeepMask) return keep_mask;
-    return (epilogue == Epilogue::kScale ? scale : affine)[static_cast<int>(dtype)];
+    return (params.is_scale() ? scale : affine)[static_cast<int>(dtype)];
   }
 };
 

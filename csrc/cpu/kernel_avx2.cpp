@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../epilogue/scalar.h"
 #include "half.h"
 #include "philox_schedule.h"
 
@@ -16,6 +17,8 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
+
+#include "../epilogue/affine.h"
 
 namespace dropout_ext::cpu {
 namespace {

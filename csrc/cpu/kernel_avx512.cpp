@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../epilogue/scalar.h"
 #include "half.h"
 #include "philox_schedule.h"
 
@@ -21,6 +22,8 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
+
+#include "../epilogue/affine.h"
 
 namespace dropout_ext::cpu {
 namespace {

@@ -27,13 +27,13 @@ struct BoolElem {
   uint8_t byte;
 };
 
-template <class Elem, bool streaming = false>
-struct Scale {
-  using V = typename ComputeOf<Elem>::type;
-  V scale;
-  explicit Scale(const EpilogueParams& p) : scale(splat<V>(p.scale)) {}
+// An epilogue between a load and a store, past the caches if `streaming`.
+template <template <class> class Epilogue, class Elem, bool streaming>
+struct Op {
+  Epilogue<typename ComputeOf<Elem>::type> f;
+  explicit Op(const EpilogueParams& p) : f(p) {}
   void operator()(const Elem* in, Elem* out, Keep keep) const {
-    const V result = mul_or_zero(keep, load(in), scale);
+    const auto result = f(keep, load(in));
     if constexpr (streaming) {
       stream(out, result);
     } else {
@@ -44,12 +44,12 @@ struct Scale {
 
 // Two vectors at a time, where the instruction set has a faster way for that.
 template <class Elem, bool streaming>
-void apply_pair(const Scale<Elem, streaming>& op, const Elem* in, Elem* out, Keep first,
+void apply_pair(const Op<Scale, Elem, streaming>& op, const Elem* in, Elem* out, Keep first,
                 Keep second) {
   if constexpr (kHasPair<Elem> && streaming) {
-    stream_pair(out, scale_pair(in, first, second, op.scale));
+    stream_pair(out, scale_pair(in, first, second, op.f.scale));
   } else if constexpr (kHasPair<Elem>) {
-    store_pair(out, scale_pair(in, first, second, op.scale));
+    store_pair(out, scale_pair(in, first, second, op.f.scale));
   } else {
     op(in, out, first);
     op(in + kVector, out + kVector, second);
@@ -60,17 +60,6 @@ void apply_pair(const Op& op, const Elem* in, Elem* out, Keep first, Keep second
   op(in, out, first);
   op(in + kVector, out + kVector, second);
 }
-
-template <class Elem>
-struct Affine {
-  using V = typename ComputeOf<Elem>::type;
-  V scale, bias, dropped;
-  explicit Affine(const EpilogueParams& p)
-      : scale(splat<V>(p.scale)), bias(splat<V>(p.bias)), dropped(splat<V>(p.dropped)) {}
-  void operator()(const Elem* in, Elem* out, Keep keep) const {
-    store(out, select(keep, fma(load(in), scale, bias), dropped));
-  }
-};
 
 struct StoreBool {
   explicit StoreBool(const EpilogueParams&) {}
@@ -246,22 +235,18 @@ inline void keep_bits(uint64_t* bits, int64_t n, const MaskRun& mask, int64_t ro
   }
 }
 
-template <class Elem>
-constexpr Kernels::Of scale() {
-  return {run<Elem, Scale<Elem>>, apply_bits<Elem, Scale<Elem>>, run<Elem, Scale<Elem, true>>,
-          apply_bits<Elem, Scale<Elem, true>>};
-}
-
-template <class Elem>
-constexpr Kernels::Of affine() {
-  return {run<Elem, Affine<Elem>>, apply_bits<Elem, Affine<Elem>>, nullptr, nullptr};
+template <template <class> class Epilogue, class Elem>
+constexpr Kernels::Of of() {
+  return {run<Elem, Op<Epilogue, Elem, false>>, apply_bits<Elem, Op<Epilogue, Elem, false>>,
+          run<Elem, Op<Epilogue, Elem, true>>, apply_bits<Elem, Op<Epilogue, Elem, true>>};
 }
 
 inline constexpr Kernels make_kernels(const char* name) {
-  return {name,
-          {scale<double>(), scale<float>(), scale<Float16>(), scale<BFloat16>()},
-          {affine<double>(), affine<float>(), affine<Float16>(), affine<BFloat16>()},
-          {run<BoolElem, StoreBool>, apply_bits<BoolElem, StoreBool>, nullptr, nullptr},
-          keep_bits,
-          fence};
+  return {
+      name,
+      {of<Scale, double>(), of<Scale, float>(), of<Scale, Float16>(), of<Scale, BFloat16>()},
+      {of<Affine, double>(), of<Affine, float>(), of<Affine, Float16>(), of<Affine, BFloat16>()},
+      {run<BoolElem, StoreBool>, apply_bits<BoolElem, StoreBool>, nullptr, nullptr},
+      keep_bits,
+      fence};
 }

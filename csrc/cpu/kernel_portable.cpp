@@ -3,6 +3,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../epilogue/affine.h"
 #include "half.h"
 #include "kernel.h"
 #include "philox_schedule.h"

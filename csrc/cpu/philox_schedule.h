@@ -4,7 +4,7 @@
 // both.
 #pragma once
 
-#include "../mask.h"
+#include "../contract/mask.h"
 
 namespace dropout_ext::cpu {
 

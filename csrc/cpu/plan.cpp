@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <type_traits>
@@ -106,7 +107,7 @@ Plan::Plan(const ApplyArgs& args, const Key* keys)
     : args_(args),
       keys_(keys),
       kernels_(kernels()),
-      of_(kernels_.of(compute_dtype(args.dtype), args.epilogue)),
+      of_(kernels_.of(compute_dtype(args.dtype), args.epilogue, args.params)),
       element_size_(element_size(args.dtype)),
       complex_(compute_dtype(args.dtype) != args.dtype),
       inner_(args.map.dims[args.map.ndim - 1]) {
@@ -121,7 +122,7 @@ Plan::Plan(const ApplyArgs& args, const Key* keys)
   const bool contiguous = inner_.out_stride == 1 && (inner_.in_stride == 1 || args.in == nullptr);
   if (inner_.mask_stride == 1) {
     const bool shared = find_second(0);
-    const bool fused = !shared && contiguous && !complex_ && !keeps_nothing(args.threshold);
+    const bool fused = !shared && contiguous && !complex_;
     mode_ = fused ? Mode::kFused : Mode::kRow;
     inner_step_ = fused ? kUnit : kBits;
   } else if (inner_.mask_stride == 0) {
@@ -222,8 +223,7 @@ void Plan::run_unit(const Unit& unit) const {
   switch (mode_) {
     case Mode::kFused:
       (streaming_ ? of_.run_streaming : of_.run)(
-          unit.in, unit.out, unit.inner,
-          {unit.key, unit.index, static_cast<uint32_t>(args_.threshold)}, args_.params);
+          unit.in, unit.out, unit.inner, {unit.key, unit.index, args_.threshold}, args_.params);
       return;
     case Mode::kRow:
     case Mode::kElement: return run_rows(unit);
@@ -260,9 +260,10 @@ void Plan::run_constant(const Unit& unit) const {
     return ones;
   }();
   static constexpr uint64_t kZeros[kBits / 64] = {};
+  const bool drops_to_zeros = args_.params.dropped == 0 && !std::signbit(args_.params.dropped);
   for (int64_t j = 0; j < unit.second; ++j) {
     const bool kept = decisions[j / 64] >> j % 64 & 1;
-    if (!kept && args_.epilogue == Epilogue::kScale && inner_.out_stride == 1) {
+    if (!kept && drops_to_zeros && inner_.out_stride == 1) {
       std::memset(unit.out + j * second_.out_stride * element_size_, 0, unit.inner * element_size_);
       continue;
     }
@@ -304,13 +305,10 @@ void Plan::run_transposed(const Unit& unit) const {
 
 void Plan::keep_bits(uint64_t* bits, int64_t n, Key key, uint64_t index, int64_t rows,
                      uint64_t row_stride, int64_t row_words) const {
-  const auto threshold = static_cast<uint32_t>(args_.threshold);
-  if (keeps_nothing(args_.threshold)) {
-    std::memset(bits, 0, ((rows - 1) * row_words + ceil_div(n, 64)) * sizeof(uint64_t));
-  } else if (mode_ == Mode::kElement) {
-    keep_bits_one_by_one(bits, n, key, index, inner_.mask_stride, threshold);
+  if (mode_ == Mode::kElement) {
+    keep_bits_one_by_one(bits, n, key, index, inner_.mask_stride, args_.threshold);
   } else {
-    kernels_.keep_bits(bits, n, {key, index, threshold}, rows, row_stride, row_words);
+    kernels_.keep_bits(bits, n, {key, index, args_.threshold}, rows, row_stride, row_words);
   }
 }
 

@@ -2,7 +2,7 @@
 // order. The split changes no bit.
 #pragma once
 
-#include "../apply_args.h"
+#include "../epilogue/apply_args.h"
 #include "kernel.h"
 
 namespace dropout_ext::cpu {

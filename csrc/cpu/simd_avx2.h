@@ -34,15 +34,11 @@ struct F64 {
   __m256d v[4];
 };
 
-template <class V>
-V splat(double x);
-template <>
-inline F32 splat<F32>(double x) {
+inline F32 splat(double x, F32) {
   const __m256 v = _mm256_set1_ps(static_cast<float>(x));
   return {v, v};
 }
-template <>
-inline F64 splat<F64>(double x) {
+inline F64 splat(double x, F64) {
   const __m256d v = _mm256_set1_pd(x);
   return {{v, v, v, v}};
 }

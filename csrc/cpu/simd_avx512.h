@@ -18,16 +18,8 @@ struct F64 {
   __m512d lo, hi;
 };
 
-template <class V>
-V splat(double x);
-template <>
-inline F32 splat<F32>(double x) {
-  return {_mm512_set1_ps(static_cast<float>(x))};
-}
-template <>
-inline F64 splat<F64>(double x) {
-  return {_mm512_set1_pd(x), _mm512_set1_pd(x)};
-}
+inline F32 splat(double x, F32) { return {_mm512_set1_ps(static_cast<float>(x))}; }
+inline F64 splat(double x, F64) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
 
 inline F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline F64 load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }

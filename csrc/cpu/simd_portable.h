@@ -26,7 +26,7 @@ struct F64 {
 };
 
 template <class V>
-inline V splat(double x) {
+inline V splat(double x, V) {
   V r;
   for (int i = 0; i < 16; ++i) r.v[i] = static_cast<std::remove_reference_t<decltype(r.v[0])>>(x);
   return r;

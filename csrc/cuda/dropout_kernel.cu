@@ -537,7 +537,6 @@ struct StridedParams {
   OuterDim walked;  // size: runs of `windows` windows; strides of one element. Mask stride 1
   int64_t length;   // of the walked dimension
   int windows;      // per run
-  bool keeps_nothing;
   OuterDims outer;
 };
 
@@ -560,7 +559,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       // so that accesses stay side by side, and cut each window of eight out of two blocks.
       const int before = at.index % kBlock;
       uint32_t last = 0;
-      if (before != 0 && !p.keeps_nothing) {
+      if (before != 0) {
         last = keep_bits(block_words(key, at.index / kBlock), p.common.threshold);
       }
       for (int w = 0; w < p.windows; ++w) {
@@ -568,7 +567,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
         if (left <= 0) break;
         const int count = left < kBlock ? static_cast<int>(left) : kBlock;
         uint32_t next = 0;
-        if ((before == 0 || before + count > kBlock) && !p.keeps_nothing) {
+        if (before == 0 || before + count > kBlock) {
           const uint64_t index = at.index + (before == 0 ? 0 : kBlock);
           next = keep_bits(block_words(key, index / kBlock), p.common.threshold);
         }
@@ -664,7 +663,6 @@ OuterDims outer_dims(const IndexMap& map, bool wide, int skip, int skip2) {
 template <typename T>
 Common<T> common(const ApplyArgs& args, const KeySource& keys) {
   using Real = typename Traits<T>::Real;
-  const bool affine = args.epilogue == Epilogue::kAffine;
   // A keep mask has no input; no address is formed from null all the same.
   return {static_cast<const T*>(Traits<T>::kReadsInput ? args.in : args.out),
           static_cast<T*>(args.out),
@@ -674,10 +672,9 @@ Common<T> common(const ApplyArgs& args, const KeySource& keys) {
           args.slice_in_stride,
           args.slice_out_stride,
           args.slice_mask_stride,
-          static_cast<uint32_t>(args.threshold),
-          {static_cast<Real>(args.params.scale),
-           affine ? static_cast<Real>(args.params.bias) : Real{-0.0},
-           affine ? static_cast<Real>(args.params.dropped) : Real{0}}};
+          args.threshold,
+          {static_cast<Real>(args.params.scale), static_cast<Real>(args.params.bias),
+           static_cast<Real>(args.params.dropped)}};
 }
 
 // Whether the elements at addresses (or indices) a and b lie equally within chunks of V, when both
@@ -810,7 +807,6 @@ void launch_strided(const ApplyArgs& args, const KeySource& keys, const Geometry
                           outer_dim(dim, wide),
                           length,
                           windows,
-                          keeps_nothing(args.threshold),
                           outer_dims(map, wide, inner, walked)};
   auto launch = [&](auto kernel) {
     const Launch shape(geometry, items, 1, args.slices);
@@ -823,7 +819,7 @@ template <typename T>
 void launch_dtype(const ApplyArgs& args, const KeySource& keys, const Geometry& geometry,
                   CUstream_st* stream) {
   const uint64_t inner_mask_stride = args.map.dims[args.map.ndim - 1].mask_stride;
-  if (keeps_nothing(args.threshold) || inner_mask_stride > 1) {
+  if (inner_mask_stride > 1) {
     launch_strided<T>(args, keys, geometry, stream);
   } else if (is_flat(args.map)) {
     launch_flat<T>(args, keys, geometry, stream);

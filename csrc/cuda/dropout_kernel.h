@@ -1,7 +1,7 @@
 // The CUDA kernels: raw pointers and a stream, no torch.
 #pragma once
 
-#include "../apply_args.h"
+#include "../epilogue/apply_args.h"
 
 struct CUstream_st;
 

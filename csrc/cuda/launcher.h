@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "../apply_args.h"
+#include "../epilogue/apply_args.h"
 
 namespace dropout_ext::cuda {
 

@@ -9,7 +9,7 @@ namespace cuda = dropout_ext::cuda;
 // `dims`: size and strides of input, output and mask for each dimension. `slice`: the same for the
 // dimension that chooses the key, for keys of shape (n, 2); null for a single key.
 extern "C" __attribute__((visibility("default"))) void cuda_host_apply(
-    const void* in, void* out, int dtype, int epilogue, const double* params, uint64_t threshold,
+    const void* in, void* out, int dtype, int epilogue, const double* params, uint32_t threshold,
     int ndim, const int64_t* dims, const int64_t* slice, uint64_t mask_offset,
     const uint64_t* key) {
   dropout_ext::ApplyArgs args;

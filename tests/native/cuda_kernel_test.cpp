@@ -1,5 +1,6 @@
 // Runs the CUDA kernels behind cuda_shim.h and compares every byte that they leave with a scalar
-// loop over the mask contract (csrc/mask.h). Arguments name the groups to run; none runs all.
+// loop over the mask contract (csrc/contract/mask.h). Arguments name the groups to run; none runs
+// all.
 
 #include "cuda_shim.h"
 // A path, so that the tests can build broken copies of the file.
@@ -75,11 +76,12 @@ double read(Dtype dtype, const char* at, int part) {
   return 0;
 }
 
+constexpr EpilogueParams kAlpha{2.0 / 0.9, 0.3, -1.7};
+
 struct Call {
   Dtype dtype = Dtype::kFloat32;
-  Epilogue epilogue = Epilogue::kScale;
-  EpilogueParams params{2.0 / 0.9, 0.3, -1.7};
-  uint64_t threshold = kHalf;
+  EpilogueParams params{.scale = 2.0 / 0.9};
+  uint32_t threshold = kHalf;
   std::vector<Dim> dims;
   uint64_t mask_offset = 0;
   std::vector<Key> keys{{42, 7}};
@@ -167,11 +169,10 @@ size_t extent(const Call& call, bool of_in) {
 
 [[noreturn]] void mismatch(const Call& call, const char* what, int64_t in, int64_t out,
                            uint64_t index, double want, double got) {
-  std::fprintf(stderr,
-               "%s: dtype %d, epilogue %d, in %lld (+%d), out %lld (+%d), index %llu: ", what,
-               static_cast<int>(call.dtype), static_cast<int>(call.epilogue),
-               static_cast<long long>(in), call.in_shift, static_cast<long long>(out),
-               call.out_shift, static_cast<unsigned long long>(index));
+  std::fprintf(stderr, "%s: dtype %d, bias %g, in %lld (+%d), out %lld (+%d), index %llu: ", what,
+               static_cast<int>(call.dtype), call.params.bias, static_cast<long long>(in),
+               call.in_shift, static_cast<long long>(out), call.out_shift,
+               static_cast<unsigned long long>(index));
   std::fprintf(stderr, "want %a, got %a; threads %lld, blocks %lld, mask_offset %llu, dims", want,
                got, static_cast<long long>(call.geometry.threads),
                static_cast<long long>(call.geometry.blocks),
@@ -188,14 +189,14 @@ size_t extent(const Call& call, bool of_in) {
 // What one real part must become.
 double expected(const Call& call, double x, bool keep) {
   const auto& [scale, bias, dropped] = call.params;
-  const bool affine = call.epilogue == Epilogue::kAffine;
+  const bool adds = bias != 0 || !std::signbit(bias);
   if (call.dtype == Dtype::kFloat64 || call.dtype == Dtype::kComplex128) {
-    if (!keep) return affine ? dropped : 0;
-    return affine ? std::fma(x, scale, bias) : x * scale;
+    if (!keep) return dropped;
+    return adds ? std::fma(x, scale, bias) : x * scale;
   }
   const auto fx = static_cast<float>(x), fs = static_cast<float>(scale);
-  float y = affine ? static_cast<float>(dropped) : 0.0f;
-  if (keep) y = affine ? std::fma(fx, fs, static_cast<float>(bias)) : fx * fs;
+  auto y = static_cast<float>(dropped);
+  if (keep) y = adds ? std::fma(fx, fs, static_cast<float>(bias)) : fx * fs;
   if (call.dtype == Dtype::kFloat16) return round_to(y, 5, 10);
   if (call.dtype == Dtype::kBFloat16) return round_to(y, 8, 7);
   return y;
@@ -206,7 +207,7 @@ ApplyArgs arguments(const Call& call, const void* in, void* out) {
   args.in = call.dtype == Dtype::kBool ? nullptr : in;
   args.out = out;
   args.dtype = call.dtype;
-  args.epilogue = call.dtype == Dtype::kBool ? Epilogue::kKeepMask : call.epilogue;
+  args.epilogue = call.dtype == Dtype::kBool ? Epilogue::kKeepMask : Epilogue::kAffine;
   args.params = call.params;
   args.threshold = call.threshold;
   args.map.mask_offset = call.mask_offset;
@@ -320,7 +321,7 @@ void sizes() {
       call.mask_offset = size % 3 == 0 ? 0 : some_offset();
       call.in_place = size % 2 == 0;
       call.key_on_device = size % 5 == 0;
-      if (size % 7 == 0 && parts(dtype) == 1) call.epilogue = Epilogue::kAffine;
+      if (size % 7 == 0) call.params = kAlpha;
       check(call);
     }
   }
@@ -461,8 +462,8 @@ void random_maps() {
       call.out_shift = pick(0, 1) == 0 ? call.in_shift : static_cast<int>(pick(0, units - 1));
     }
     call.mask_offset = some_offset();
-    call.threshold = one_of<uint64_t>({0, 1, kHalf, 429496730, 0xffffffff, uint64_t{1} << 32});
-    if (parts(call.dtype) == 1 && pick(0, 2) == 0) call.epilogue = Epilogue::kAffine;
+    call.threshold = one_of<uint32_t>({0, 1, kHalf, 429496730, 0xffffffff});
+    if (pick(0, 2) == 0) call.params = kAlpha;
     if (pick(0, 2) == 0) {
       call.keys.resize(static_cast<size_t>(pick(1, 5)));
       for (Key& key : call.keys) key = {rng(), rng()};

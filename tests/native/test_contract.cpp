@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../../csrc/apply_args.h"
+#include "../../csrc/epilogue/apply_args.h"
 
 namespace {
 

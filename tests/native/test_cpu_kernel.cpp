@@ -1,7 +1,8 @@
-// The CPU kernel, bit by bit against a scalar loop over csrc/mask.h. DROPOUT_EXT_CPU_VARIANT names
-// the variant; with the argument `list` it prints those that this machine runs.
-// Sizes, element indices and alignments are all those that the kernel tells apart: blocks of 8,
-// vectors of 16 elements, words of 64 keep bits, groups of 128, and the steps of plan.cpp.
+// The CPU kernel, bit by bit against a scalar loop over csrc/contract/mask.h.
+// DROPOUT_EXT_CPU_VARIANT names the variant; with the argument `list` it prints those that this
+// machine runs. Sizes, element indices and alignments are all those that the kernel tells apart:
+// blocks of 8, vectors of 16 elements, words of 64 keep bits, groups of 128, and the steps of
+// plan.cpp.
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
@@ -133,17 +134,17 @@ bool same(Elem a, Elem b) {
 }
 
 template <class Elem>
-Elem expected(Elem in, bool keep, Epilogue epilogue, const EpilogueParams& params) {
+Elem expected(Elem in, bool keep, const EpilogueParams& params) {
   if constexpr (std::is_same_v<Elem, Bool>) {
     return {keep};
   } else if constexpr (is_complex<Elem>) {
-    return {expected(in.real, keep, epilogue, params), expected(in.imag, keep, epilogue, params)};
+    return {expected(in.real, keep, params), expected(in.imag, keep, params)};
   } else {
     using Compute = typename Elem::Compute;
     const Compute x = Elem::load(in), scale = static_cast<Compute>(params.scale);
-    if (epilogue == Epilogue::kScale) return Elem::store(keep ? x * scale : Compute{0});
     const Compute bias = static_cast<Compute>(params.bias);
-    return Elem::store(keep ? std::fma(x, scale, bias) : static_cast<Compute>(params.dropped));
+    const Compute kept = bias == 0 && std::signbit(bias) ? x * scale : std::fma(x, scale, bias);
+    return Elem::store(keep ? kept : static_cast<Compute>(params.dropped));
   }
 }
 
@@ -231,7 +232,7 @@ template <class Elem>
 void check_output(const Case& c, const char* what, const Elem* in, const uint8_t* keep, int64_t n,
                   int64_t skip, Guarded<Elem>& out) {
   for (int64_t j = 0; j < n; ++j) {
-    const Elem want = expected(in[j], keep[j], c.epilogue, c.params);
+    const Elem want = expected(in[j], keep[j], c.params);
     if (!same(out.data()[j], want)) {
       fail("%s, dtype %d, epilogue %d, %s: element %lld of %lld from %lld", c.variant,
            static_cast<int>(Elem::kDtype), static_cast<int>(c.epilogue), what,
@@ -293,11 +294,11 @@ void check_dtype(const Kernels& kernels, const std::vector<Mask>& masks, const M
   if constexpr (std::is_same_v<Elem, Bool>) {
     cases.push_back({kernels.name, Epilogue::kKeepMask, {}});
   } else {
-    cases.push_back({kernels.name, Epilogue::kScale, {1 / 0.9}});
+    cases.push_back({kernels.name, Epilogue::kAffine, {1 / 0.9}});
     cases.push_back({kernels.name, Epilogue::kAffine, {0.886, 0.1937, -1.558}});
   }
   for (const Case& c : cases) {
-    const Kernels::Of& of = kernels.of(Elem::kDtype, c.epilogue);
+    const Kernels::Of& of = kernels.of(Elem::kDtype, c.epilogue, c.params);
     int64_t round = 0;
     for (int64_t n = 0; n <= kMaxRun; n += n < 300 ? 1 : 37, ++round) {
       check_run(c, of, masks[round % masks.size()], round * 7 % 131, n, values);
@@ -318,10 +319,10 @@ void check_every_value(const Kernels& kernels) {
   std::vector<Elem> in(65536);
   for (int i = 0; i < 65536; ++i) in[i].bits = static_cast<uint16_t>(i);
   for (const double scale : {1.0, 1 / 0.9, 0x1.002p-3, 3e-6, 7e4, 0x1p-110}) {
-    for (const Epilogue epilogue : {Epilogue::kScale, Epilogue::kAffine}) {
-      const Case c{kernels.name, epilogue, {scale, 0.37 * scale, 0}};
+    for (const double bias : {-0.0, 0.37 * scale}) {
+      const Case c{kernels.name, Epilogue::kAffine, {scale, bias, 0}};
       Guarded<Elem> out(in.size(), 1);
-      kernels.of(Elem::kDtype, epilogue)
+      kernels.of(Elem::kDtype, c.epilogue, c.params)
           .run(in.data(), out.data(), in.size(), {{1, 2}, 3, 0}, c.params);
       const std::vector<uint8_t> keep(in.size(), 1);
       check_output(c, "every value", in.data(), keep.data(), in.size(), 0, out);
@@ -373,10 +374,10 @@ int64_t extent(const std::vector<int64_t>& sizes, const std::vector<int64_t>& st
 }
 
 template <class Elem>
-void check_plan(const Shape& shape, Epilogue epilogue, double p, uint64_t mask_offset,
+void check_plan(const Shape& shape, const EpilogueParams& params, double p, uint64_t mask_offset,
                 bool in_place, std::mt19937& random) {
   const std::vector<int64_t> out_strides = memory_strides(shape, shape.out_gap);
-  const bool reads = epilogue != Epilogue::kKeepMask;
+  const bool reads = Elem::kDtype != Dtype::kBool;
   const bool same_strides = in_place || !reads || shape.in_strides.empty();
   const std::vector<int64_t> in_strides = same_strides ? out_strides : shape.in_strides;
   const int64_t out_extent = extent(shape.sizes, out_strides);
@@ -384,9 +385,9 @@ void check_plan(const Shape& shape, Epilogue epilogue, double p, uint64_t mask_o
 
   ApplyArgs args;
   args.dtype = Elem::kDtype;
-  args.epilogue = epilogue;
-  args.params = {1 / 0.9, 0.1937, -1.558};
-  args.threshold = threshold(p);
+  args.epilogue = reads ? Epilogue::kAffine : Epilogue::kKeepMask;
+  args.params = params;
+  args.threshold = static_cast<uint32_t>(threshold(p));
   args.slices = shape.slices;
   args.slice_in_stride = in_extent;
   args.slice_out_stride = out_extent;
@@ -419,8 +420,7 @@ void check_plan(const Shape& shape, Epilogue epilogue, double p, uint64_t mask_o
         to += position * drawn.dims[d].out_stride;
         index += static_cast<uint64_t>(position) * drawn.dims[d].mask_stride;
       }
-      want[to] =
-          expected(in[from], keep(keys[slice], index, args.threshold), epilogue, args.params);
+      want[to] = expected(in[from], keep(keys[slice], index, args.threshold), args.params);
     }
   }
 
@@ -435,9 +435,9 @@ void check_plan(const Shape& shape, Epilogue epilogue, double p, uint64_t mask_o
 
   for (size_t j = 0; j < want.size(); ++j) {
     if (same(out.data()[j], want[j])) continue;
-    fail("%s, dtype %d, epilogue %d, p %g, %s%s: output address %zu", cpu::kernels().name,
-         static_cast<int>(Elem::kDtype), static_cast<int>(epilogue), p, shape.name,
-         in_place ? ", in place" : "", j);
+    fail("%s, dtype %d, bias %g, p %g, %s%s: output address %zu", cpu::kernels().name,
+         static_cast<int>(Elem::kDtype), params.bias, p, shape.name, in_place ? ", in place" : "",
+         j);
     break;
   }
   if (!out.intact()) fail("%s: wrote outside the output of %s", cpu::kernels().name, shape.name);
@@ -521,16 +521,16 @@ Shape draw_shape(std::mt19937& random) {
 
 template <class Elem>
 void check_plans(const Shape& shape, std::mt19937& random) {
-  const double probabilities[] = {0.5, 0.1, 0.9, 1.0, 1e-12};
+  const double probabilities[] = {0.5, 0.1, 0.9, 1 - 1e-9, 1e-12};
   const uint64_t offsets[] = {0, 5, (uint64_t{1} << 35) - 77, uint64_t{0} - 77, random()};
-  std::vector<Epilogue> epilogues = {Epilogue::kScale};
-  if (Elem::kDtype == Dtype::kBool) epilogues = {Epilogue::kKeepMask};
-  if (Elem::kDtype != Dtype::kBool && !is_complex<Elem>) epilogues.push_back(Epilogue::kAffine);
-  for (const Epilogue epilogue : epilogues) {
+  constexpr bool kReads = Elem::kDtype != Dtype::kBool;
+  std::vector<EpilogueParams> epilogues = {{}};
+  if (kReads) epilogues = {{1 / 0.9}, {1 / 0.9, 0.1937, -1.558}};
+  for (const EpilogueParams& params : epilogues) {
     for (const bool in_place : {false, true}) {
       const double p = random() % 3 != 0 ? 0.5 : probabilities[random() % 5];
-      if (in_place && epilogue == Epilogue::kKeepMask) continue;
-      check_plan<Elem>(shape, epilogue, p, offsets[random() % 5], in_place, random);
+      if (in_place && !kReads) continue;
+      check_plan<Elem>(shape, params, p, offsets[random() % 5], in_place, random);
     }
   }
 }

@@ -15,7 +15,7 @@ using namespace dropout_ext;
 
 constexpr int kThreads = 8;
 constexpr int64_t kRows = 301, kColumns = 1013;
-constexpr uint64_t kHalf = uint64_t{1} << 31;  // p = 0.5
+constexpr uint32_t kHalf = uint32_t{1} << 31;  // p = 0.5
 
 // Rows of `columns` elements that lie `stride` apart; index = row * kColumns + column.
 ApplyArgs rows(const float* in, float* out, int64_t n, int64_t columns, int64_t stride) {
@@ -23,7 +23,7 @@ ApplyArgs rows(const float* in, float* out, int64_t n, int64_t columns, int64_t 
   args.in = in;
   args.out = out;
   args.dtype = Dtype::kFloat32;
-  args.epilogue = Epilogue::kScale;
+  args.epilogue = Epilogue::kAffine;
   args.params = {.scale = 2};
   args.threshold = kHalf;
   args.map.ndim = 2;

@@ -1,4 +1,4 @@
-// The words and masks of csrc/mask.h for the statistics, and of copies of it that were broken on
+// The words and masks of csrc/contract/mask.h for the statistics, and of copies of it that were broken on
 // purpose. Plain host code: no kernel of the product takes part. `first` and `n` are multiples of
 // eight; written as block << 3 | lane, the compiler sees that eight elements share a Philox call.
 #include <cstdint>

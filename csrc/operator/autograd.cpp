@@ -36,8 +36,8 @@ Tensor whole_mask(const Tensor& input, const Call& call) {
   return keep_mask(call.key, call.p, sizes, strides, call.mask_offset, input.device());
 }
 
-// 16 bytes of key and the numbers of the call. What every backward of the family needs: that of an
-// affine call scales by the same factor and adds nothing.
+// 16 bytes of key and the numbers of the call: the backward scales by the same factor and adds
+// nothing.
 void save(AutogradContext* ctx, const Call& call) {
   ctx->save_for_backward({call.key});
   ctx->saved_data["p"] = call.p;
@@ -113,11 +113,11 @@ bool needs_composition(const Tensor& input) {
 
 Tensor compose(const Tensor& input, const Call& call) {
   const Tensor mask = whole_mask(input, call);
-  if (!call.affine) return at::where(mask, input * call.scale, 0);
+  if (call.is_linear()) return at::where(mask, input * call.scale, 0);
   // A multiply and an add, where the kernels have one fused operation: the last bit may differ.
   const auto dtype = input.scalar_type();
   const Tensor x = dtype == at::kHalf || dtype == at::kBFloat16 ? input.to(at::kFloat) : input;
-  return at::where(mask, x * call.scale + call.affine->bias, call.affine->dropped).to(dtype);
+  return at::where(mask, x * call.scale + call.bias, call.dropped).to(dtype);
 }
 
 bool needs_graph(const Tensor& input) {
@@ -169,40 +169,24 @@ void write_lazy_(Tensor& input, const Call& call) {
   input.copy_(call.apply(input.resolve_conj().resolve_neg()));
 }
 
-// The operators' signatures around a function of an input and a call.
-
+// An operator's signature around a function of an input and a call.
 template <auto function, class Input>
-auto plain(Input input, const Tensor& key, double p, double scale, SymIntArrayRef mask_strides,
-           SymInt mask_offset) {
-  return function(input, {key, p, scale, mask_strides, std::move(mask_offset)});
-}
-
-template <auto function, class Input>
-auto affine(Input input, const Tensor& key, double p, double scale, double bias, double dropped,
-            SymIntArrayRef mask_strides, SymInt mask_offset) {
-  return function(input,
-                  {key, p, scale, mask_strides, std::move(mask_offset), Affine{bias, dropped}});
+auto op(Input input, const Tensor& key, double p, double scale, SymIntArrayRef mask_strides,
+        SymInt mask_offset, double bias, double dropped) {
+  return function(input, {key, p, scale, mask_strides, std::move(mask_offset), bias, dropped});
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dropout_ext, Autograd, m) {
-  m.impl("apply", plain<run, const Tensor&>);
-  m.impl("apply_", plain<run_, Tensor&>);
-  m.impl("apply_affine", affine<run, const Tensor&>);
-  m.impl("apply_affine_", affine<run_, Tensor&>);
+  m.impl("apply", op<run, const Tensor&>);
+  m.impl("apply_", op<run_, Tensor&>);
 }
 
-TORCH_LIBRARY_IMPL(dropout_ext, Conjugate, m) { m.impl("apply_", plain<write_lazy_, Tensor&>); }
+TORCH_LIBRARY_IMPL(dropout_ext, Conjugate, m) { m.impl("apply_", op<write_lazy_, Tensor&>); }
 
-TORCH_LIBRARY_IMPL(dropout_ext, Negative, m) {
-  m.impl("apply_", plain<write_lazy_, Tensor&>);
-  m.impl("apply_affine_", affine<write_lazy_, Tensor&>);
-}
+TORCH_LIBRARY_IMPL(dropout_ext, Negative, m) { m.impl("apply_", op<write_lazy_, Tensor&>); }
 
-TORCH_LIBRARY_IMPL(dropout_ext, ADInplaceOrView, m) {
-  m.impl("apply_", plain<bump_, Tensor&>);
-  m.impl("apply_affine_", affine<bump_, Tensor&>);
-}
+TORCH_LIBRARY_IMPL(dropout_ext, ADInplaceOrView, m) { m.impl("apply_", op<bump_, Tensor&>); }
 
 }  // namespace dropout_ext

@@ -8,7 +8,7 @@
 #include <mutex>
 
 #ifdef DROPOUT_EXT_WITH_CUDA
-#include "cuda/launcher.h"
+#include "../cuda/launcher.h"
 #endif
 
 namespace dropout_ext {

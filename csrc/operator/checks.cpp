@@ -14,14 +14,14 @@ void check_probability(double p) {
   TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ", p);
 }
 
-void check_input(const Tensor& input, bool affine) {
+void check_input(const Tensor& input, bool linear) {
   const auto dtype = input.scalar_type();
   const bool real =
       dtype == at::kDouble || dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16;
   const bool complex = dtype == at::kComplexDouble || dtype == at::kComplexFloat;
-  TORCH_CHECK_TYPE(real || (complex && !affine), "dropout(): argument 'input' has dtype torch.",
+  TORCH_CHECK_TYPE(real || (complex && linear), "dropout(): argument 'input' has dtype torch.",
                    c10::getDtypeNames(dtype).first, ", but accepted are float64, float32, float16",
-                   affine ? " and bfloat16" : ", bfloat16, complex128 and complex64");
+                   linear ? ", bfloat16, complex128 and complex64" : " and bfloat16");
   TORCH_CHECK_TYPE(input.layout() == at::kStrided, "dropout(): argument 'input' has layout ",
                    input.layout(), ", but accepted are strided tensors");
 }
@@ -56,6 +56,13 @@ void check_mask_strides(const Tensor& input, int64_t n_strides) {
                     "dropout(): argument 'mask_strides' has ", n_strides,
                     " entries, but accepted are one per dimension of the input, ", input.dim(),
                     ", or none for row-major");
+}
+
+void check(const Tensor& input, const Call& call) {
+  check_probability(call.p);
+  check_input(input, call.is_linear());
+  if (call.key.defined()) check_key(call.key, input);
+  check_mask_strides(input, static_cast<int64_t>(call.mask_strides.size()));
 }
 
 void check_writable(const Tensor& input) {

@@ -2,23 +2,30 @@
 // multiplied, so NaN and infinity do not survive a drop.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+
+#include "../contract/philox.h"
 
 namespace dropout_ext {
 
 enum class Dtype : int { kFloat64, kFloat32, kFloat16, kBFloat16, kComplex128, kComplex64, kBool };
 
 enum class Epilogue : int {
-  kScale,     // keep ? x * scale : +0, all dtypes but bool
-  kAffine,    // keep ? fma(x, scale, bias) : dropped (alpha dropout), real floating dtypes
+  kAffine,    // keep ? fma(x, scale, bias) : dropped
   kKeepMask,  // keep, as a bool; reads no input
 };
 
 // Rounded once to the compute type: float64 for float64 and complex128, float32 for all others.
 struct EpilogueParams {
   double scale = 1;
-  double bias = 0;
+  double bias = -0.0;
   double dropped = 0;
+
+  // keep ? x * scale : +0
+  bool is_scale() const {
+    return bias == 0 && std::signbit(bias) && dropped == 0 && !std::signbit(dropped);
+  }
 };
 
 inline constexpr int64_t element_size(Dtype dtype) {

@@ -1,8 +1,8 @@
 // One call of the operator as the CPU and the CUDA kernels take it: raw pointers, no torch.
 #pragma once
 
+#include "../contract/index_map.h"
 #include "epilogue.h"
-#include "index_map.h"
 
 namespace dropout_ext {
 
@@ -12,7 +12,7 @@ struct ApplyArgs {
   Dtype dtype;     // of input and output; kBool for Epilogue::kKeepMask
   Epilogue epilogue;
   EpilogueParams params;
-  uint64_t threshold;  // 0 .. 2^32, see mask.h
+  uint32_t threshold;  // see mask.h; what keeps nothing needs no kernel
   IndexMap map;        // of one slice, normalized; numel() > 0
 
   // Keys of shape (n, 2) give each slice of dimension 0 its own key. Slice j begins at in + j *

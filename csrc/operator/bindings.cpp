@@ -11,16 +11,16 @@
 #include <string>
 #include <vector>
 
+#include "../contract/mask.h"
+#include "../cpu/kernel.h"
 #include "checks.h"
-#include "cpu/kernel.h"
 #include "draw.h"
-#include "mask.h"
 #include "ops.h"
 
 #ifdef DROPOUT_EXT_WITH_CUDA
 #include <cuda_runtime_api.h>
 
-#include "cuda/launcher.h"
+#include "../cuda/launcher.h"
 #endif
 
 namespace py = pybind11;
@@ -125,18 +125,18 @@ bool has_torch_function(PyObject* object) {
   return static_cast<bool>(attribute);
 }
 
-PyDoc_STRVAR(eager_doc,
-             "eager(input, p, training, inplace, key, generator, scale=None, affine=None, "
-             "mask_strides=None, mask_offset=0)\n\n"
-             "One call of the dropout family, or NotImplemented where it is not plain: the caller "
-             "then composes it of operators that can be traced. scale: of what is kept, None for "
-             "1 / (1 - p). affine: (bias, dropped) for keep ? fma(input, scale, bias) : dropped.");
+PyDoc_STRVAR(
+    eager_doc,
+    "eager(input, p, training, inplace, key, generator, scale=None, bias=-0.0, dropped=0.0, "
+    "mask_strides=None, mask_offset=0)\n\n"
+    "One call of the dropout family, or NotImplemented where it is not plain: the caller "
+    "then composes it of operators that can be traced. scale: of what is kept, None for "
+    "1 / (1 - p). bias, dropped: of keep ? fma(input, scale, bias) : dropped.");
 
 // Not through pybind11's argument casters, which take longer than the rest of a small call.
 PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(n >= 6 && n <= 10, "eager() takes 6 to 10 arguments, but got ", n);
-  const auto optional = [&](Py_ssize_t at) { return n > at ? args[at] : Py_None; };
+  TORCH_CHECK_TYPE(n == 6 || n == 11, "eager() takes 6 or 11 arguments, but got ", n);
   if (!is_plain(args[0])) {
     // What is no tensor but stands for one, a torch.fx.Proxy say, overrides the call.
     if (!has_torch_function(args[0])) unpack_tensor(args[0], "input", "Tensor");
@@ -149,41 +149,30 @@ PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (!unpack_bool(args[2])) return Py_NewRef(args[0]);
   if (p == 0 || self.numel() == 0) return Py_NewRef(args[0]);
   at::Tensor input = self;  // held while the GIL is let go
-  std::optional<Affine> affine;
-  if (optional(7) != Py_None) {
-    affine = {PyFloat_AsDouble(PyTuple_GetItem(args[7], 0)),
-              PyFloat_AsDouble(PyTuple_GetItem(args[7], 1))};
-    if (PyErr_Occurred()) throw python_error();
-  }
-  check_input(input, affine.has_value());
   const bool has_key = args[4] != Py_None;
   const std::optional<at::Generator> generator = unpack_generator(args[5]);
   TORCH_CHECK_VALUE(!(has_key && generator),
                     "dropout(): arguments 'key' and 'generator' exclude each other: a key is "
                     "drawn from a generator only where none is given");
   at::Tensor key;
-  if (has_key) {
-    key = unpack_tensor(args[4], "key", "a Tensor (dropout_ext.key makes one)");
-    check_key(key, input);
-  }
-  const double scale =
-      optional(6) != Py_None ? unpack_float(args[6], "scale") : (p < 1 ? 1 / (1 - p) : 0);
+  if (has_key) key = unpack_tensor(args[4], "key", "a Tensor (dropout_ext.key makes one)");
   std::vector<c10::SymInt> mask_strides;
-  if (n > 8) {
-    mask_strides = unpack_strides(args[8]);
-    check_mask_strides(input, static_cast<int64_t>(mask_strides.size()));
+  Call call{key, p, p < 1 ? 1 / (1 - p) : 0, {}, 0};
+  if (n > 6) {
+    if (args[6] != Py_None) call.scale = unpack_float(args[6], "scale");
+    call.bias = unpack_float(args[7], "bias");
+    call.dropped = unpack_float(args[8], "dropped");
+    call.mask_strides = mask_strides = unpack_strides(args[9]);
+    call.mask_offset = unpack_index(args[10], "mask_offset");
   }
-  const int64_t mask_offset = n > 9 ? unpack_index(args[9], "mask_offset") : 0;
   at::Tensor out;
   {
     const py::gil_scoped_release no_gil;
-    if (inplace) {
-      // Errors before the draw, so that a call that fails leaves the generator alone.
-      check_writable(input);
-    }
+    // Errors before the draw, so that a call that fails leaves the generator alone.
+    check(input, call);
+    if (inplace) check_writable(input);
     // Nothing is kept under any key at p = 1.
     if (!has_key) key = p == 1 ? at::zeros({2}, at::kUInt64) : draw_key(generator, input.device());
-    const Call call{key, p, scale, mask_strides, mask_offset, affine};
     if (inplace) {
       call.apply_(input);
     } else {
@@ -252,16 +241,16 @@ PYBIND11_MODULE(_C, m) {
       py::arg("generator"), py::arg("device"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "check_call",
-      [](const at::Tensor& input, double p, const std::optional<at::Tensor>& key, bool affine,
-         int64_t n_strides) {
-        check_probability(p);
-        check_input(input, affine);
-        if (key) check_key(*key, input);
-        check_mask_strides(input, n_strides);
+      [](const at::Tensor& input, const std::optional<at::Tensor>& key, double p, double bias,
+         double dropped, int64_t n_strides) {
+        const std::vector<c10::SymInt> strides(n_strides);
+        const at::Tensor none;
+        check(input, {key ? *key : none, p, 1, strides, 0, bias, dropped});
       },
-      py::arg("input"), py::arg("p"), py::arg("key"), py::arg("affine"), py::arg("n_strides"));
-  m.def("check_replay", check_replay, py::arg("generator"));
+      py::arg("input"), py::arg("key"), py::arg("p"), py::arg("bias"), py::arg("dropped"),
+      py::arg("n_strides"));
   m.def("check_writable", check_writable, py::arg("input"));
+  m.def("check_replay", check_replay, py::arg("generator"));
   m.def("check_fold_in", check_fold_in, py::arg("key"), py::arg("n"));
   m.def("check_split", check_split, py::arg("key"), py::arg("n"));
   m.def("element_word", [](uint64_t seed, uint64_t offset, uint64_t index) {

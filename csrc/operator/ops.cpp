@@ -5,12 +5,12 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "apply_args.h"
+#include "../cpu/plan.h"
+#include "../epilogue/apply_args.h"
 #include "checks.h"
-#include "cpu/plan.h"
 
 #ifdef DROPOUT_EXT_WITH_CUDA
-#include "cuda/launcher.h"
+#include "../cuda/launcher.h"
 #endif
 
 namespace dropout_ext {
@@ -92,16 +92,21 @@ void run_cpu(const ApplyArgs& args, const Tensor& key) {
 void cuda_kernel_missing(const c10::OperatorHandle&, torch::jit::Stack*) { fail_without_cuda(); }
 #endif
 
+// Writes keep ? f(in) : g to `out`.
 void run(const Tensor& in, const Tensor& out, const Tensor& key, double p, Epilogue epilogue,
          const EpilogueParams& params, SymIntArrayRef mask_strides, const SymInt& mask_offset) {
   if (out.numel() == 0) return;
+  if (keeps_nothing(threshold(p))) {
+    out.fill_(params.dropped);
+    return;
+  }
   ApplyArgs args;
   args.in = in.defined() ? in.const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
   args.dtype = dtype_of(out);
   args.epilogue = epilogue;
   args.params = params;
-  args.threshold = threshold(p);
+  args.threshold = static_cast<uint32_t>(threshold(p));
   set_map(args, in, out, key.dim() == 2, mask_strides, mask_offset);
 #ifdef DROPOUT_EXT_WITH_CUDA
   if (out.is_cuda()) return cuda::apply(args, key.contiguous(), out.device());
@@ -119,45 +124,25 @@ Tensor new_output(const Tensor& input) {
   return at::empty_like(input);
 }
 
-void check(const Tensor& input, const Tensor& key, double p, SymIntArrayRef mask_strides,
-           bool affine) {
-  check_probability(p);
-  check_input(input, affine);
-  check_key(key, input);
-  check_mask_strides(input, static_cast<int64_t>(mask_strides.size()));
-}
-
 // Kernels, for the CPU and for CUDA alike.
 
 Tensor apply_kernel(const Tensor& input, const Tensor& key, double p, double scale,
-                    SymIntArrayRef mask_strides, SymInt mask_offset) {
-  check(input, key, p, mask_strides, false);
+                    SymIntArrayRef mask_strides, SymInt mask_offset, double bias, double dropped) {
+  const Call call{key, p, scale, mask_strides, std::move(mask_offset), bias, dropped};
+  check(input, call);
   const Tensor out = new_output(input);
-  run(input, out, key, p, Epilogue::kScale, {.scale = scale}, mask_strides, mask_offset);
+  run(input, out, key, p, Epilogue::kAffine, {scale, bias, dropped}, mask_strides,
+      call.mask_offset);
   return out;
 }
 
 void apply_kernel_(Tensor& input, const Tensor& key, double p, double scale,
-                   SymIntArrayRef mask_strides, SymInt mask_offset) {
-  check(input, key, p, mask_strides, false);
+                   SymIntArrayRef mask_strides, SymInt mask_offset, double bias, double dropped) {
+  const Call call{key, p, scale, mask_strides, std::move(mask_offset), bias, dropped};
+  check(input, call);
   check_writable(input);
-  run(input, input, key, p, Epilogue::kScale, {.scale = scale}, mask_strides, mask_offset);
-}
-
-Tensor apply_affine_kernel(const Tensor& input, const Tensor& key, double p, double scale,
-                           double bias, double dropped, SymIntArrayRef mask_strides,
-                           SymInt mask_offset) {
-  check(input, key, p, mask_strides, true);
-  const Tensor out = new_output(input);
-  run(input, out, key, p, Epilogue::kAffine, {scale, bias, dropped}, mask_strides, mask_offset);
-  return out;
-}
-
-void apply_affine_kernel_(Tensor& input, const Tensor& key, double p, double scale, double bias,
-                          double dropped, SymIntArrayRef mask_strides, SymInt mask_offset) {
-  check(input, key, p, mask_strides, true);
-  check_writable(input);
-  run(input, input, key, p, Epilogue::kAffine, {scale, bias, dropped}, mask_strides, mask_offset);
+  run(input, input, key, p, Epilogue::kAffine, {scale, bias, dropped}, mask_strides,
+      call.mask_offset);
 }
 
 Tensor keep_mask_kernel(const Tensor& key, double p, at::SymIntArrayRef size,
@@ -207,28 +192,16 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 }  // namespace
 
 Tensor Call::apply(const Tensor& input) const {
-  if (affine) {
-    static const auto op = find<Tensor(const Tensor&, const Tensor&, double, double, double, double,
-                                       SymIntArrayRef, SymInt)>("dropout_ext::apply_affine");
-    return op.call(input, key, p, scale, affine->bias, affine->dropped, mask_strides, mask_offset);
-  }
-  static const auto op =
-      find<Tensor(const Tensor&, const Tensor&, double, double, SymIntArrayRef, SymInt)>(
-          "dropout_ext::apply");
-  return op.call(input, key, p, scale, mask_strides, mask_offset);
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, double, double, SymIntArrayRef,
+                                     SymInt, double, double)>("dropout_ext::apply");
+  return op.call(input, key, p, scale, mask_strides, mask_offset, bias, dropped);
 }
 
 void Call::apply_(Tensor& input) const {
-  if (affine) {
-    static const auto op =
-        find<void(Tensor&, const Tensor&, double, double, double, double, SymIntArrayRef, SymInt)>(
-            "dropout_ext::apply_affine_");
-    op.call(input, key, p, scale, affine->bias, affine->dropped, mask_strides, mask_offset);
-    return;
-  }
-  static const auto op = find<void(Tensor&, const Tensor&, double, double, SymIntArrayRef, SymInt)>(
-      "dropout_ext::apply_");
-  op.call(input, key, p, scale, mask_strides, mask_offset);
+  static const auto op =
+      find<void(Tensor&, const Tensor&, double, double, SymIntArrayRef, SymInt, double, double)>(
+          "dropout_ext::apply_");
+  op.call(input, key, p, scale, mask_strides, mask_offset, bias, dropped);
 }
 
 Tensor keep_mask(const Tensor& key, double p, SymIntArrayRef size, SymIntArrayRef mask_strides,
@@ -242,19 +215,11 @@ TORCH_LIBRARY(dropout_ext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def(
       "apply(Tensor input, Tensor key, float p, float scale, SymInt[] mask_strides, "
-      "SymInt mask_offset) -> Tensor",
+      "SymInt mask_offset, float bias=-0.0, float dropped=0.0) -> Tensor",
       tags);
   m.def(
       "apply_(Tensor(a!) input, Tensor key, float p, float scale, SymInt[] mask_strides, "
-      "SymInt mask_offset) -> ()",
-      tags);
-  m.def(
-      "apply_affine(Tensor input, Tensor key, float p, float scale, float bias, float dropped, "
-      "SymInt[] mask_strides, SymInt mask_offset) -> Tensor",
-      tags);
-  m.def(
-      "apply_affine_(Tensor(a!) input, Tensor key, float p, float scale, float bias, "
-      "float dropped, SymInt[] mask_strides, SymInt mask_offset) -> ()",
+      "SymInt mask_offset, float bias=-0.0, float dropped=0.0) -> ()",
       tags);
   m.def(
       "keep_mask(Tensor key, float p, SymInt[] size, SymInt[] mask_strides, SymInt mask_offset, *, "
@@ -267,8 +232,6 @@ TORCH_LIBRARY(dropout_ext, m) {
 TORCH_LIBRARY_IMPL(dropout_ext, CPU, m) {
   m.impl("apply", apply_kernel);
   m.impl("apply_", apply_kernel_);
-  m.impl("apply_affine", apply_affine_kernel);
-  m.impl("apply_affine_", apply_affine_kernel_);
   m.impl("keep_mask", keep_mask_kernel);
   m.impl("fold_in", fold_in_kernel);
   m.impl("split", split_kernel);
@@ -278,11 +241,9 @@ TORCH_LIBRARY_IMPL(dropout_ext, CUDA, m) {
 #ifdef DROPOUT_EXT_WITH_CUDA
   m.impl("apply", apply_kernel);
   m.impl("apply_", apply_kernel_);
-  m.impl("apply_affine", apply_affine_kernel);
-  m.impl("apply_affine_", apply_affine_kernel_);
   m.impl("keep_mask", keep_mask_kernel);
 #else
-  for (const char* op : {"apply", "apply_", "apply_affine", "apply_affine_", "keep_mask"}) {
+  for (const char* op : {"apply", "apply_", "keep_mask"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&cuda_kernel_missing>());
   }
 #endif

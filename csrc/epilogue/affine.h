@@ -1,0 +1,36 @@
+// keep ? fma(x, scale, bias) : dropped.
+#pragma once
+
+#include "scalar.h"
+
+namespace dropout_ext {
+
+template <class V>
+struct Affine {
+  V scale, bias, dropped;
+
+  DROPOUT_EXT_HD explicit Affine(const EpilogueParams& p)
+      : scale(splat(p.scale, V{})), bias(splat(p.bias, V{})), dropped(splat(p.dropped, V{})) {}
+
+  // Computed outside the choice, so that it is a select and no branch.
+  template <class Keep>
+  DROPOUT_EXT_HD V operator()(const Keep& keep, const V& x) const {
+    return select(keep, fma(x, scale, bias), dropped);
+  }
+};
+
+// The same where the bias is -0 and dropped elements are +0: a multiply, which is exact, signed
+// zeros and all, and faster where there is no instruction for fma.
+template <class V>
+struct Scale {
+  V scale;
+
+  DROPOUT_EXT_HD explicit Scale(const EpilogueParams& p) : scale(splat(p.scale, V{})) {}
+
+  template <class Keep>
+  DROPOUT_EXT_HD V operator()(const Keep& keep, const V& x) const {
+    return mul_or_zero(keep, x, scale);
+  }
+};
+
+}  // namespace dropout_ext

@@ -1,0 +1,84 @@
+"""Where calls that are not plain eager ones get their keys: draws that a compiler or a transform
+can see.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy
+
+from . import _C
+from ._ops import ops
+
+_library = torch.library.Library("dropout_ext", "FRAGMENT")
+
+
+def _seal_key(words: Tensor) -> Tensor:
+    """The complement of drawn words, marked so that the backward of a compiled function reads the
+    key that its forward drew: under an activation memory budget the partitioner would draw again.
+    """
+    meta = torch.fx.traceback.current_meta
+    # Not torch.compiler.is_compiling(), which is False inside of AOTAutograd before torch 2.13.
+    if not torch.fx.traceback.has_preserved_node_meta() or "recompute" in meta:
+        return words.bitwise_not()
+    meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    try:
+        return words.bitwise_not()
+    finally:
+        del meta["recompute"]
+
+
+_library.define("seal_key(Tensor words) -> Tensor", tags=[torch.Tag.pt2_compliant_tag])
+_library.impl("seal_key", _seal_key, "CompositeImplicitAutograd")
+
+
+@torch.library.register_vmap("dropout_ext::seal_key")
+def _(info, in_dims, words):
+    return ops.seal_key(words), in_dims[0]
+
+
+def is_traced(input: Tensor) -> bool:
+    """Whether a key must come from operators that a compiler or a transform can see.
+
+    Anything else, any dispatch mode and any subclass, draws as plain eager does, so that a
+    recomputation outside the mode agrees with its forward.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    mode = torch._C._TorchDispatchModeKey
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or any(
+            torch._C._get_dispatch_mode(key) is not None
+            for key in (mode.FAKE, mode.PROXY, mode.FUNCTIONAL)
+        )
+        or hasattr(input, "fake_mode")
+    )
+
+
+def draw_key(input: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A fresh key for `input`, on its device or on the CPU."""
+    if input.device.type == "meta":
+        return torch.empty(2, dtype=torch.int64, device="meta")
+    if not is_traced(input):
+        return _C.draw_key(generator, input.device)
+    if generator is not None and torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(
+            "dropout(): argument 'generator' cannot be compiled: draw a key outside of the "
+            "compiled function and pass it as 'key'"
+        )
+    if generator is not None:
+        _C.check_replay(generator)
+    device = input.device if generator is None else generator.device
+    mode = contextlib.nullcontext()
+    if not torch.compiler.is_dynamo_compiling():
+        mode = getattr(input, "fake_mode", mode)
+    with mode:
+        # One draw per word: inductor's CPU code keeps 32 bits of seed per call. int64, because
+        # randint has no uint64.
+        words = [
+            torch.randint(0, 2**63 - 1, (1,), device=device, generator=generator) for _ in range(2)
+        ]
+        return ops.seal_key(torch.cat(words))

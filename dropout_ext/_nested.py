@@ -1,0 +1,31 @@
+"""Jagged tensors: the mask runs over the values, (sum of lengths, ...)."""
+
+import torch
+from torch import Tensor
+
+from . import _call
+
+
+def run(input: Tensor, call: _call.Call) -> Tensor:
+    if input.layout != torch.jagged:
+        raise TypeError(
+            f"dropout(): argument 'input' is a nested tensor of layout {input.layout}, but "
+            "accepted are those of layout torch.jagged"
+        )
+    if call.mask_strides is not None:
+        raise ValueError(
+            "dropout(): argument 'input' is a nested tensor: no dimension can share decisions and "
+            "no mask_strides apply; apply the function to input.values(), or to "
+            "input.to_padded_tensor(0)"
+        )
+    values = _call.run(input.values(), call)
+    if call.inplace:
+        return input
+    return torch.nested.nested_tensor_from_jagged(
+        values,
+        input.offsets(),
+        input.lengths(),
+        input._ragged_idx,
+        input._maybe_min_seqlen,
+        input._maybe_max_seqlen,
+    )
