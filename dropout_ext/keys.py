@@ -25,7 +25,9 @@ def key(seed: int, offset: int = 0, device: torch.device | str | None = None) ->
     tensors on every device.
     """
     words = [_check_word("seed", seed), _check_word("offset", offset)]
-    return torch.tensor(words, dtype=torch.uint64, device=device)
+    # By way of int64: inductor has no constants of type uint64.
+    signed = [word - 2**64 if word >= 2**63 else word for word in words]
+    return torch.tensor(signed, dtype=torch.int64, device=device).view(torch.uint64)
 
 
 def _check_types(function: str, key: Tensor, n: int) -> None:

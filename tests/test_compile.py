@@ -136,10 +136,41 @@ def test_keys_are_derived_inside(key):
     assert_same_bits(many, reference.split(key, 4))
 
 
-def test_keys_are_made_inside():
-    f = compiled(lambda x: dropout_ext.dropout(x, key=dropout_ext.key(2**63 + 9, 4)))
-    x = torch.ones(1000)
-    assert_same_bits(f(x), reference.apply(x, make_key(2**63 + 9, 4), 0.5, 2.0))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_are_made_inside(backend):
+    """Constants, derived ones, one per slice, and of a seed that changes."""
+
+    def keys(seed):
+        key = dropout_ext.key(2**63 + 9, 4)
+        return (
+            key,
+            dropout_ext.key(seed, device="cpu"),
+            dropout_ext.fold_in(key, seed),
+            dropout_ext.split(key, 3)[1],
+            torch.stack([dropout_ext.fold_in(key, i) for i in range(5)]),
+        )
+
+    f = compiled(
+        lambda x, seed: (
+            [k.clone() for k in keys(seed)] + [dropout_ext.dropout(x, key=k) for k in keys(seed)]
+        ),
+        backend,
+        dynamic=True,
+    )
+    x = torch.ones(5, 200)
+    for seed in (3, 2**40):
+        key = make_key(2**63 + 9, 4)
+        expected = (
+            key,
+            make_key(seed),
+            reference.fold_in(key, seed),
+            reference.fold_in(key, 1),
+            reference.split(key, 5),
+        )
+        made, masked = f(x, seed)[:5], f(x, seed)[5:]
+        for k, actual, y in zip(expected, made, masked, strict=True):
+            assert_same_bits(actual, k)
+            assert_same_bits(y, reference.apply(x, k, 0.5, 2.0))
 
 
 def graph_calls(function, *inputs):
