@@ -65,13 +65,15 @@ def predict(
 
     x: the batch in dimension 0, as in the output of `model`.
     samples: number of draws, at least 2.
-    key: shape (2,), from `dropout_ext.key`. Seeds all that the model draws, inside of
-        `torch.random.fork_rng`, so that the same key, samples and batch give the same result and
-        the generators stay as they are. By its low 32 bits only, on the CPU: PyTorch's generator
-        takes no more. None draws from the generators.
+    key: shape (2,), from `dropout_ext.key`. Seeds the default generators and those that modules of
+        the model hold, for the time of the call, so that the same key, samples and batch give the
+        same result and the generators stay as they are. By 32 bits only, on the CPU: PyTorch's
+        generator takes no more. None draws from the generators.
     batch: samples per pass, which takes batch * x.shape[0] rows. None tries all in one pass, and
         half as many as often as memory runs out. Masks that are shared along dimension 0 take 1.
     also: as in `monte_carlo`.
+
+    The output of `model` is floating point or complex; the deviation of a complex one is real.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"predict(): argument 'x' must be Tensor, not {type(x).__name__}")
@@ -85,6 +87,21 @@ def predict(
         if value < least:
             raise ValueError(
                 f"predict(): argument '{name}' is {value}, but accepted are integers from {least}"
+            )
+    if key is not None:
+        if not isinstance(key, Tensor):
+            raise TypeError(
+                "predict(): argument 'key' must be a Tensor (dropout_ext.key makes one), not "
+                f"{type(key).__name__}"
+            )
+        if key.dtype not in (torch.uint64, torch.int64):
+            raise TypeError(
+                f"predict(): argument 'key' has dtype {key.dtype}, but accepted are uint64 and "
+                "int64"
+            )
+        if key.shape != (2,):
+            raise ValueError(
+                f"predict(): argument 'key' has shape {tuple(key.shape)}, but accepted is (2,)"
             )
     with monte_carlo(model, also), torch.no_grad():
         per_pass = min(batch or samples, samples)
@@ -113,11 +130,16 @@ def _mean_and_std(model, x, samples, per_pass):
                 f"predict(): argument 'model' returned shape {tuple(y.shape)} for {n * x.size(0)} "
                 "rows, but accepted is the batch in dimension 0"
             )
+        if not (y.is_floating_point() or y.is_complex()):
+            raise TypeError(
+                f"predict(): argument 'model' returned dtype {y.dtype}, but accepted are floating "
+                "point and complex"
+            )
         outputs.append(y.unflatten(0, (n, x.size(0))))
     y = torch.cat(outputs)
     compute = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
     std, mean = torch.std_mean(compute, 0)
-    return mean.to(y.dtype), std.to(y.dtype)
+    return mean.to(y.dtype), std.to(y.dtype.to_real())
 
 
 @contextlib.contextmanager
@@ -125,17 +147,31 @@ def _seeded(model, x, key):
     if key is None:
         yield
         return
-    # Keys may count up, and PyTorch's CPU generator reads 32 bits of a seed.
-    seed = int(keys.fold_in(key, 0)[0].item()) % 2**64
+    # Folded, because keys may count up and PyTorch's CPU generator reads 32 bits of a seed.
+    key = keys.fold_in(key, 0)
     devices = {t.device for t in (x, *model.parameters(), *model.buffers())}
+    own = {
+        id(value): value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Generator)
+    }
     with contextlib.ExitStack() as stack:
+        # A generator of a module may be a default one: seeded again, and put back before it.
         stack.enter_context(torch.random.fork_rng([]))
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(_seed(key))
         for device in devices - {torch.device("cpu")}:
             stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
             with torch.get_device_module(device).device(device):
-                torch.get_device_module(device).manual_seed(seed)
+                torch.get_device_module(device).manual_seed(_seed(key))
+        for i, generator in enumerate(own.values(), 1):
+            stack.callback(generator.set_state, generator.get_state())
+            generator.manual_seed(_seed(keys.fold_in(key, i)))
         yield
+
+
+def _seed(key: Tensor) -> int:
+    return int(key[0].item()) % 2**64
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -129,6 +129,56 @@ def test_predict_follows_its_key_and_leaves_the_generator():
     assert model.training
 
 
+def test_predict_seeds_the_generators_of_modules():
+    """Each by itself, and puts them back, shared and default ones too."""
+
+    class Masks(nn.Module):
+        def __init__(self, *generators):
+            super().__init__()
+            self.drops = nn.ModuleList(dropout_ext.Dropout(generator=g) for g in generators)
+
+        def forward(self, x):
+            return torch.stack([drop(x) for drop in self.drops], -1)
+
+    shared, default = torch.Generator().manual_seed(1), torch.default_generator
+    generators = [shared, torch.Generator().manual_seed(1), shared, default, None]
+    model, x = Masks(*generators), torch.ones(1, 400)
+    states = [g.get_state() for g in (*generators[:2], default)]
+    mean, std = predict(model, x, 2, make_key(1))
+    masks = mean.view(400, 5).T  # of two samples: 0, 1 or 2
+    assert set(mean.unique().tolist()) == {0.0, 1.0, 2.0}
+    for i in range(5):
+        for j in range(i):
+            assert not torch.equal(masks[i], masks[j])
+    for g, state in zip((*generators[:2], default), states, strict=True):
+        assert torch.equal(g.get_state(), state)
+    for g in generators[:4]:
+        g.manual_seed(99)  # what they were at does not matter
+    again = predict(model, x, 2, make_key(1))
+    assert_same_bits(again[0], mean)
+    assert_same_bits(again[1], std)
+    assert not torch.equal(predict(model, x, 2, make_key(2))[0], mean)
+
+
+def test_predict_puts_generators_back_where_the_model_raises():
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(dropout_ext.Dropout(generator=generator), nn.Linear(3, 3))
+    states = generator.get_state(), torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="mat1"):
+        predict(model, torch.ones(1, 8), 2, make_key())
+    assert torch.equal(generator.get_state(), states[0])
+    assert torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_predict_of_complex_outputs():
+    x = random_tensor((1, 50), torch.complex64)
+    mean, std = predict(nn.Sequential(dropout_ext.Dropout()), x, 500, make_key())
+    assert mean.dtype == torch.complex64 and std.dtype == torch.float32
+    kept = (mean / x).real / 2  # the share of draws that kept it
+    expected = (kept * (1 - kept) * 500 / 499).sqrt() * 2 * x.abs()
+    torch.testing.assert_close(std, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_predict_in_parts():
     model, x = Drops(), torch.ones(3, 8)
     predict(model, x, 5, make_key(), batch=2)
@@ -172,11 +222,21 @@ def test_predict_computes_16_bit_types_in_float32():
         ((torch.ones(()), 2), ValueError, "'x' has 0 dimensions"),
         ((torch.ones(2), 2.0), TypeError, "'samples' must be int, not float"),
         ((torch.ones(2), 1), ValueError, "'samples' is 1, but accepted are integers from 2"),
-        ((torch.ones(2), 2, [1, 2]), TypeError, "'key' must be a Tensor"),
+        ((torch.ones(2), 2, [1, 2]), TypeError, "'key' must be a Tensor .* not list"),
+        (
+            (torch.ones(2), 2, torch.ones(2)),
+            TypeError,
+            "'key' has dtype torch.float32",
+        ),
+        (
+            (torch.ones(2), 2, torch.ones(2, 2, dtype=torch.int64)),
+            ValueError,
+            r"'key' has shape \(2, 2\), but accepted is \(2,\)",
+        ),
     ],
 )
 def test_wrong_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=r"^predict\(\): argument " + message):
         predict(nn.Dropout(), *arguments)
 
 
@@ -187,5 +247,10 @@ def test_wrong_models():
         predict(nn.LSTM(2, 2), torch.ones(3, 2), 2)
     with pytest.raises(ValueError, match=r"returned shape \(16,\) for 2 rows"):
         predict(nn.Sequential(nn.Dropout(), nn.Flatten(0)), torch.ones(1, 8), 2)
+    for dtype in (torch.int64, torch.bool):
+        model = nn.Dropout()
+        model.register_forward_hook(lambda module, args, y, dtype=dtype: y.to(dtype))
+        with pytest.raises(TypeError, match=f"'model' returned dtype {dtype}, but accepted are"):
+            predict(model, torch.ones(2), 2)
     with pytest.raises(ValueError, match="'batch' is 0, but accepted are integers from 1"):
         predict(nn.Dropout(), torch.ones(2), 2, batch=0)
