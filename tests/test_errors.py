@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make_key
+from helpers import assert_same_bits, broadcast_strides, make_key, random_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dropout_ext
@@ -177,6 +177,38 @@ def test_broadcast_dims_out_of_range(dims):
 
 def test_locked_dim_out_of_range():
     check(IndexError, ["'dim'", "2", "-2", "1"], lambda: functional.locked_dropout(X, 0.5, 2))
+
+
+@pytest.mark.parametrize("dims", [(1.5,), (1.0,), ("1",), (True,), (None,), ((0, 1),), 1, X, 1.5])
+def test_broadcast_dims_of_wrong_type(dims):
+    parts = ["'broadcast_dims' must be a sequence of ints", str(dims)[:3]]
+    check(TypeError, parts, lambda: dropout_ext.dropout(X, broadcast_dims=dims))
+    check(TypeError, parts, lambda: dropout_ext.keep_mask((4, 6), 0.5, KEY, broadcast_dims=dims))
+
+
+@pytest.mark.parametrize("dim", [1.5, 1.0, "1", True, None, (0, 1), torch.tensor([0, 1]), X])
+def test_locked_dim_of_wrong_type(dim):
+    parts = ["'dim' must be int", str(dim)[:6]]
+    check(TypeError, parts, lambda: functional.locked_dropout(X, 0.5, dim))
+    check(TypeError, parts, lambda: dropout_ext.LockedDropout(dim=dim)(X))
+
+
+@pytest.mark.parametrize("one", [np.int64(1), torch.tensor(1), torch.tensor([1]), -1])
+def test_dims_are_what_is_an_index(one):
+    """All of it shares, as the integer does."""
+    x = random_tensor((50, 7, 3))
+    expected = reference.apply(x, KEY, 0.5, 2.0, broadcast_strides(x.shape, [int(one)]))
+    assert_same_bits(functional.locked_dropout(x, dim=one, key=KEY), expected)
+    assert_same_bits(dropout_ext.dropout(x, broadcast_dims=(one,), key=KEY), expected)
+    mask = dropout_ext.keep_mask(x.shape, 0.5, KEY, broadcast_dims=[one])
+    assert_same_bits(torch.where(mask, 2 * x, 0), expected)
+
+
+def test_dims_in_a_tensor_or_an_array():
+    x = random_tensor((50, 7, 3))
+    expected = reference.apply(x, KEY, 0.5, 2.0, broadcast_strides(x.shape, [0, 2]))
+    for dims in (torch.tensor([0, 2]), np.array([2, -3]), range(0, 3, 2), iter((0, 2))):
+        assert_same_bits(dropout_ext.dropout(x, broadcast_dims=dims, key=KEY), expected)
 
 
 def test_mask_strides_of_wrong_length():
