@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from . import _call
+from . import _C, _call
 
 
 def run(input: Tensor, call: _call.Call) -> Tensor:
@@ -18,6 +19,11 @@ def run(input: Tensor, call: _call.Call) -> Tensor:
             "no mask_strides apply; apply the function to input.values(), or to "
             "input.to_padded_tensor(0)"
         )
+    if call.inplace and input.requires_grad and torch.is_grad_enabled():
+        if not is_dynamo_compiling():
+            _C.check_writable(input.values())
+        # Of a clone, since PyTorch has no gradient for values() of what is then overwritten.
+        return input.copy_(run(input.clone(), call._replace(inplace=False)))
     values = _call.run(input.values(), call)
     if call.inplace:
         return input

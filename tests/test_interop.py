@@ -326,6 +326,46 @@ def test_jagged_in_place(key):
     assert_same_bits(torch.cat(list(x.unbind())), expected)
 
 
+@pytest.mark.parametrize("module", [dropout_ext.Dropout, dropout_ext.AlphaDropout])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_jagged_in_place_with_a_gradient(module, compiled, key):
+    """alpha_dropout of the module takes no `inplace`; the function does."""
+    function = {dropout_ext.Dropout: dropout_ext.dropout}.get(
+        module, dropout_ext.functional.alpha_dropout
+    )
+
+    def f(x, key):
+        y = x * 2
+        z = function(y, 0.5, True, True, key=key)
+        assert z is y
+        return y.sin()  # of what was written
+
+    rows, x = jagged(requires_grad=True)
+    if compiled:
+        torch.compiler.reset()
+        f = torch.compile(f, backend="aot_eager", fullgraph=True)
+    y = f(x, key)
+    values = torch.cat([row.detach() for row in rows]).requires_grad_()
+    expected = function(values * 2, 0.5, True, key=key).sin()
+    assert_same_bits(y.values().detach(), expected.detach())
+    y.values().sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(torch.cat([row.grad for row in rows]), values.grad)
+
+
+def test_jagged_in_place_leaves_a_leaf_and_the_generator_alone():
+    _, x = jagged()
+    x.requires_grad_()
+    before, state = x.detach().clone(), torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        dropout_ext.dropout(x, inplace=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same_bits(x.values().detach(), before.values())
+    with torch.no_grad():
+        assert dropout_ext.dropout(x, inplace=True) is x
+    assert not torch.equal(x.values(), before.values())
+
+
 @pytest.mark.parametrize("name", [n for n in MODULES if n not in ("dropout", "alpha")])
 def test_jagged_errs_where_dimensions_share(name, key):
     shape = MODULES[name][1]
