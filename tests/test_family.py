@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from family import ALPHA_MEMBERS, MEMBERS, expected_output, silently
 from helpers import (
     ALL_DTYPES,
     FLOAT_DTYPES,
@@ -20,80 +21,9 @@ from helpers import (
     scaled_where,
 )
 from hypothesis import given, settings
-from torch import nn
 
 import dropout_ext
 from dropout_ext import functional
-
-# -scale * alpha of SELU (Klambauer et al. 2017), the value that dropped units get.
-ALPHA = -1.0507009873554805 * 1.6732632423543772
-
-
-def features(batched_dims, rank):
-    """Shared dimensions where one decision is for a channel."""
-    return range(2 if rank in batched_dims else 1, rank)
-
-
-# name: (function, module of p, counterpart of p, shared dimensions by rank, ranks)
-MEMBERS = {
-    "dropout": (functional.dropout, dropout_ext.Dropout, nn.Dropout, lambda r: (), range(6)),
-    "dropout1d": (
-        functional.dropout1d,
-        dropout_ext.Dropout1d,
-        nn.Dropout1d,
-        lambda r: features((3,), r),
-        (2, 3),
-    ),
-    "dropout2d": (
-        functional.dropout2d,
-        dropout_ext.Dropout2d,
-        nn.Dropout2d,
-        lambda r: features((3, 4), r),
-        (3, 4),
-    ),
-    "dropout3d": (
-        functional.dropout3d,
-        dropout_ext.Dropout3d,
-        nn.Dropout3d,
-        lambda r: features((5,), r),
-        (4, 5),
-    ),
-    "drop_path": (
-        lambda x, p, training, inplace, **kw: functional.drop_path(
-            x, p, training, inplace=inplace, **kw
-        ),
-        dropout_ext.DropPath,
-        None,
-        lambda r: range(1, r),
-        (1, 2, 3, 4),
-    ),
-    "locked_dropout": (
-        lambda x, p, training, inplace, **kw: functional.locked_dropout(
-            x, p, 1, training, inplace, **kw
-        ),
-        lambda p: dropout_ext.LockedDropout(p, dim=1),
-        None,
-        lambda r: (1,),
-        (2, 3, 4),
-    ),
-}
-
-ALPHA_MEMBERS = {
-    "alpha_dropout": (
-        functional.alpha_dropout,
-        dropout_ext.AlphaDropout,
-        nn.AlphaDropout,
-        lambda r: (),
-        range(6),
-    ),
-    "feature_alpha_dropout": (
-        functional.feature_alpha_dropout,
-        dropout_ext.FeatureAlphaDropout,
-        nn.FeatureAlphaDropout,
-        lambda r: range(2, r),
-        (2, 3, 4, 5),
-    ),
-}
 
 profile = settings(deadline=None, derandomize=True, max_examples=40)
 shapes = st.lists(st.integers(0, 7), min_size=5, max_size=5)
@@ -107,17 +37,11 @@ def arrange(layout, x):
     return LAYOUTS.get(layout, LAYOUTS["contiguous"])(x)
 
 
-def silently(function, *arguments, **keywords):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return function(*arguments, **keywords)
-
-
-def check_member(function, module, shared, x, p, inplace, key, grad, expected):
-    """Forward and gradient of function and module; `expected` is a function of input and mask."""
+def check_member(name, function, module, shared, x, p, inplace, key, grad):
+    """Forward and gradient of function and module."""
     keep = reference_mask(x.shape, p, key, shared)
     leaf = x.detach().clone().requires_grad_()
-    want = expected(keep, leaf)
+    want = expected_output(name, keep, leaf, p) if x.numel() else leaf * 1
     (want_grad,) = torch.autograd.grad(want, leaf, grad)
 
     for call in (
@@ -154,15 +78,10 @@ def test_member(name, shape, rank, p, layout, grad_layout, dtype, inplace, seed)
     rank = ranks[rank % len(ranks)]
     x = arrange(layout, random_tensor(shape[:rank], dtype, seed=seed % 100))
     grad = arrange(grad_layout, random_tensor(shape[:rank], dtype, seed=seed % 99 + 1))
-    scale = 1 / (1 - p) if p < 1 else 0.0
-
-    def expected(keep, x):
-        return scaled_where(keep, x, scale) if x.numel() else x * 1
-
     module = module(p)
     module.inplace = inplace
     for actual, want in check_member(
-        function, module, shared(rank), x, p, inplace, make_key(seed, 3), grad, expected
+        name, function, module, shared(rank), x, p, inplace, make_key(seed, 3), grad
     ):
         assert_same_bits(actual, want)
 
@@ -185,19 +104,10 @@ def test_alpha_member(name, shape, rank, p, layout, grad_layout, dtype, inplace,
     x = arrange(layout, random_tensor(shape[:rank], dtype, seed=seed % 100))
     grad = arrange(grad_layout, random_tensor(shape[:rank], dtype, seed=seed % 99 + 1))
 
-    def expected(keep, x):
-        if x.numel() == 0:
-            return x * 1
-        if p == 1:
-            return scaled_where(keep, x, 0.0)
-        a = ((1 - p) * (1 + p * ALPHA**2)) ** -0.5
-        y = torch.where(keep, x.double(), ALPHA) * a - a * p * ALPHA
-        return y.to(x.dtype)
-
     module = module(p)
     eps = 4 * torch.finfo(dtype).eps
     for actual, want in check_member(
-        function, module, shared(rank), x, p, inplace, make_key(seed, 3), grad, expected
+        name, function, module, shared(rank), x, p, inplace, make_key(seed, 3), grad
     ):
         torch.testing.assert_close(actual, want, rtol=eps, atol=eps)
 
