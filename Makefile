@@ -14,14 +14,26 @@ BUILT := build/.built
 CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # What a CUDA build without a GPU can show of itself; `make test` runs everything.
 CUDA_BUILD_TESTS = $(foreach t,contract operator keys module errors layouts functorch autograd distributed,tests/test_$(t).py)
+# What calls the extension in every way, in minutes.
+SANITIZE_TESTS = $(foreach t,operator layouts errors keys,tests/test_$(t).py)
 QUICK_FLAG = $(if $(filter-out 0,$(QUICK)),--quick)
+
+# Into a directory whose build/ stays: an extension built there leaves the one of `make build` alone.
+define copy-sources
+mkdir -p $(1) && find $(1) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+git ls-files -co --exclude-standard -z | tar --null -T - --ignore-failed-read -cf - | tar -C $(1) -xf -
+endef
+# The runtime comes before everything else in the process; the C++ library with it, whose exceptions
+# it watches. Python and torch end without freeing all that they hold, so leaks are for tests to find.
+SANITIZED_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 
 export DROPOUT_EXT_WERROR ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build test bench bench-compare stats plots demo lint format cuda-build cuda-static \
-  gpu-check dist clean distclean
+.PHONY: help build test sanitize bench bench-compare stats plots demo lint format cuda-build \
+  cuda-static gpu-check dist clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +54,14 @@ $(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*/*)
 
 test: build ## run the tests; ARGS="-k name" narrows them
 	$(PY) -m pytest --timeout=300 $(ARGS)
+
+sanitize: $(INSTALLED) ## build the extension with sanitizers, apart, and run the operators' tests in it
+	$(call copy-sources,build/sanitized)
+	@echo "building the extension with sanitizers (log: build/sanitize.log)"
+	@cd build/sanitized && DROPOUT_EXT_CUDA=0 DROPOUT_EXT_SANITIZE=address,undefined $(abspath $(PY)) \
+	  setup.py -q build_ext --inplace >../sanitize.log 2>&1 || { cat ../sanitize.log; exit 1; }
+	cd build/sanitized && $(SANITIZED_ENV) $(abspath $(PY)) -m pytest -p no:cacheprovider \
+	  --timeout=300 -m "not slow" $(SANITIZE_TESTS) $(ARGS)
 
 bench: build ## measure against nn.Dropout; QUICK=1 in under a minute
 	$(PY) -m benchmarks $(QUICK_FLAG) $(ARGS)
@@ -78,13 +98,11 @@ $(INSTALLED_CUDA): requirements-test.txt tools/cuda_requirements.py
 	$(PY_CUDA) -m pip install -q -r $(VENV_CUDA)/requirements.txt -r requirements-test.txt
 	@rm -f $(VENV_CUDA)/.installed-*; touch $@
 
-# In a copy of the sources, where it cannot overwrite the extension that `make build` put in place.
 cuda-build: ## build, import and test the CUDA extension as far as that goes without a GPU
 	@command -v nvcc >/dev/null || test -x "$$CUDA_HOME/bin/nvcc" || \
 	  { echo "make cuda-build: nvcc was not found; install the CUDA toolkit and put nvcc on PATH or set CUDA_HOME"; exit 1; }
 	@$(MAKE) --no-print-directory $(INSTALLED_CUDA)
-	mkdir -p build/with-cuda && find build/with-cuda -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
-	git ls-files -co --exclude-standard -z | tar --null -T - --ignore-failed-read -cf - | tar -C build/with-cuda -xf -
+	$(call copy-sources,build/with-cuda)
 	@echo "building the CUDA extension (log: build/cuda-build.log)"
 	@cd build/with-cuda && DROPOUT_EXT_CUDA=1 $(PY_CUDA) setup.py -q build_ext --inplace \
 	  >../cuda-build.log 2>&1 || { cat ../cuda-build.log; exit 1; }

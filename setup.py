@@ -4,6 +4,8 @@ Environment:
   DROPOUT_EXT_CUDA      1 demands CUDA, 0 forbids it; unset: where torch has it and nvcc is found
   TORCH_CUDA_ARCH_LIST  for example "8.0;9.0+PTX"; unset: the GPUs at hand, or else ARCHS below
   DROPOUT_EXT_WERROR    1 makes warnings in our sources errors
+  DROPOUT_EXT_SANITIZE  for example "address,undefined": checks the extension while it runs; for
+                        Python to load it, preload the runtime of the sanitizer (make sanitize)
 """
 
 import importlib.util
@@ -148,6 +150,12 @@ def with_torch(torch) -> dict:
             nvcc_flags += ["-Xcompiler", "-Wall,-Wextra,-ffp-contract=off,-fvisibility=hidden"]
             nvcc_flags += ["-Werror", "all-warnings"] if werror else []
 
+    link_flags = []
+    if sanitizers := os.environ.get("DROPOUT_EXT_SANITIZE"):
+        link_flags = [f"-fsanitize={sanitizers}"]
+        cxx_flags += [*link_flags, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+        cxx_flags += ["-O1", "-g"]
+
     class BuildExt(cpp.BuildExtension):
         def build_extensions(self):
             (extension,) = self.extensions
@@ -174,6 +182,7 @@ def with_torch(torch) -> dict:
         define_macros=macros,
         depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
+        extra_link_args=link_flags,
     )
     return {
         "ext_modules": [extension],
