@@ -4,6 +4,7 @@ TORCH_CUDA ?= torch==2.11.0
 VENV ?= .venv
 VENV_CUDA ?= .venv-cuda
 ARGS ?=
+CALLS ?= 20000
 
 PY := $(VENV)/bin/python
 PY_CUDA := $(abspath $(VENV_CUDA))/bin/python
@@ -15,7 +16,7 @@ CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name
 # What a CUDA build without a GPU can show of itself; `make test` runs everything.
 CUDA_BUILD_TESTS = $(foreach t,contract operator keys module errors layouts functorch autograd distributed,tests/test_$(t).py)
 # What calls the extension in every way, in minutes.
-SANITIZE_TESTS = $(foreach t,operator layouts errors keys,tests/test_$(t).py)
+SANITIZE_TESTS = $(foreach t,operator layouts errors keys fuzz inplace,tests/test_$(t).py)
 QUICK_FLAG = $(if $(filter-out 0,$(QUICK)),--quick)
 
 # Into a directory whose build/ stays: an extension built there leaves the one of `make build` alone.
@@ -32,7 +33,7 @@ export DROPOUT_EXT_WERROR ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build test sanitize bench bench-compare stats plots demo lint format cuda-build \
+.PHONY: help build test fuzz sanitize bench bench-compare stats plots demo lint format cuda-build \
   cuda-static gpu-check dist clean distclean
 
 help: ## show this list
@@ -54,6 +55,9 @@ $(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*/*)
 
 test: build ## run the tests; ARGS="-k name" narrows them
 	$(PY) -m pytest --timeout=300 $(ARGS)
+
+fuzz: build ## random calls against the reference, other ones every time; CALLS=<how many>
+	DROPOUT_EXT_FUZZ=$(CALLS) $(PY) -m pytest tests/test_fuzz.py $(ARGS)
 
 sanitize: $(INSTALLED) ## build the extension with sanitizers, apart, and run the operators' tests in it
 	$(call copy-sources,build/sanitized)

@@ -90,6 +90,9 @@ ALPHA_MEMBERS = {
     ),
 }
 
+# One for each way to the kernels: straight, with strides, with another epilogue.
+EACH_WAY = ("dropout", "dropout2d", "alpha_dropout")
+
 # -scale * alpha of SELU (Klambauer et al. 2017), the value that dropped units get.
 SELU_LIMIT = -1.0507009873554805 * 1.6732632423543772
 
