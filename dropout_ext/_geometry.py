@@ -56,26 +56,17 @@ def mask_strides(
 
 
 def _ints(values: Iterable[int], name: str) -> list[int]:
-    accepted = "int" if name == "dim" else "a sequence of ints"
+    accepted, got = ("int", next(iter(values))) if name == "dim" else ("a sequence of ints", values)
     try:
-        given = [*values]
-    except TypeError:
-        raise TypeError(
-            f"dropout(): argument '{name}' must be {accepted}, not {type(values).__name__}"
-        ) from None
-    return [_int(value, name, accepted) for value in given]
-
-
-def _int(value: int, name: str, accepted: str) -> int:
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return value
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        # A tensor of one element, say, which as an element of a set would be equal to no other.
-        return operator.index(value)
+        return [_int(value) for value in values]
     except Exception:
         raise TypeError(
-            f"dropout(): argument '{name}' must be {accepted}, but found {value!r} of type "
-            f"{type(value).__name__}"
+            f"dropout(): argument '{name}' must be {accepted}, but got {got!r}"
         ) from None
+
+
+def _int(value: int) -> int:
+    """A tensor of one element becomes an int: as an element of a set it is equal to no other."""
+    if isinstance(value, bool):
+        raise TypeError
+    return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)

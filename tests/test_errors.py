@@ -325,7 +325,11 @@ def test_indices_that_are_no_integers(argument, value):
     given = (value,) if argument == "mask_strides" else value
     check(
         TypeError,
-        [f"'{argument}'", "int", type(value).__name__],
+        [
+            f"'{argument}'",
+            "int",
+            repr(value) if argument == "mask_strides" else type(value).__name__,
+        ],
         lambda: dropout(torch.ones(3), **{argument: given}),
     )
 
