@@ -22,7 +22,7 @@ class Call(NamedTuple):
     key: Tensor | None = None
     generator: torch.Generator | None = None
     scale: float | None = None  # 1 / (1 - p)
-    bias: float = -0.0
+    bias: float | None = None  # -0: keep ? input * scale : dropped
     dropped: float = 0.0
     mask_strides: list[int] | None = None  # row-major
     mask_offset: int = 0

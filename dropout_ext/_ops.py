@@ -12,12 +12,12 @@ ops = torch.ops.dropout_ext
 _library = torch.library.Library("dropout_ext", "FRAGMENT")
 
 
-def _apply(input, key, p, scale, mask_strides, mask_offset, bias=-0.0, dropped=0.0):
+def _apply(input, key, p, scale, mask_strides, mask_offset, bias=None, dropped=0.0):
     _C.check_call(input, key, p, bias, dropped, len(mask_strides))
     return _reference.apply(input, key, p, scale, mask_strides, mask_offset, bias, dropped)
 
 
-def _apply_shape(input, key, p, scale, mask_strides, mask_offset, bias=-0.0, dropped=0.0):
+def _apply_shape(input, key, p, scale, mask_strides, mask_offset, bias=None, dropped=0.0):
     _C.check_call(input, key, p, bias, dropped, len(mask_strides))
     return torch.empty_like(input)
 

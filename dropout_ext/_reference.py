@@ -145,12 +145,12 @@ def apply(
     scale: float,
     mask_strides: Sequence[int] = (),
     mask_offset: int = 0,
-    bias: float = -0.0,
+    bias: float | None = None,
     dropped: float = 0.0,
 ) -> Tensor:
     """keep ? fma(input, scale, bias) : dropped, complex numbers as two reals under one decision.
 
-    A bias of -0 makes it keep ? input * scale : dropped, signed zeros and all.
+    None for a bias of -0: keep ? input * scale : dropped, signed zeros and all.
     """
     keep = keep_mask(key, p, input.shape, mask_strides, mask_offset, device=input.device)
     if input.is_complex():
@@ -158,7 +158,7 @@ def apply(
     else:
         x = input.to(_compute_dtype(input.dtype))
     scaled = _scalar(scale, x)
-    kept = x * scaled if bias == 0 else fma(x, scaled, _scalar(bias, x))
+    kept = x * scaled if bias is None else fma(x, scaled, _scalar(bias, x))
     # Selected, not multiplied: NaN and infinity do not survive a drop.
     result = torch.where(keep, kept, _scalar(dropped, x))
     return torch.empty_like(input).copy_(

@@ -81,9 +81,11 @@ def dropout(
         }  # fmt: skip
         return overridden(dropout, input, arguments)
     check_tensor(input)
-    strides = _geometry.mask_strides(input.shape, broadcast_dims, mask_strides)
-    call = Call(p, training, inplace, key, generator)
-    return run(input, call._replace(mask_strides=strides, mask_offset=mask_offset))
+    call = Call(p, training, inplace, key, generator, mask_offset=mask_offset)
+    if broadcast_dims is not None or mask_strides is not None:
+        strides = _geometry.mask_strides(input.shape, broadcast_dims, mask_strides)
+        call = call._replace(mask_strides=strides)
+    return run(input, call)
 
 
 @overridable
@@ -271,12 +273,12 @@ def _deprecated(name: str, dim: int, spatial: int, accepted: str) -> str:
     )
 
 
-def _alpha(p: float) -> tuple[float, float, float]:
+def _alpha(p: float) -> tuple[float, float | None, float]:
     """scale, bias and dropped: a, a * alpha * p and -a * alpha * (1 - p), with the a and the b of
     the paper. p = 1 drops everything to 0, as in PyTorch.
     """
     if p == 1:
-        return 0.0, -0.0, 0.0
+        return 0.0, None, 0.0
     a = 1 / math.sqrt((SELU_LIMIT * SELU_LIMIT * p + 1) * (1 - p))
     return a, a * SELU_LIMIT * p, -a * SELU_LIMIT * (1 - p)
 

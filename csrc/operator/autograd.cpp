@@ -117,7 +117,7 @@ Tensor compose(const Tensor& input, const Call& call) {
   // A multiply and an add, where the kernels have one fused operation: the last bit may differ.
   const auto dtype = input.scalar_type();
   const Tensor x = dtype == at::kHalf || dtype == at::kBFloat16 ? input.to(at::kFloat) : input;
-  return at::where(mask, x * call.scale + call.bias, call.dropped).to(dtype);
+  return at::where(mask, x * call.scale + call.bias.value_or(-0.0), call.dropped).to(dtype);
 }
 
 bool needs_graph(const Tensor& input) {
@@ -172,7 +172,7 @@ void write_lazy_(Tensor& input, const Call& call) {
 // An operator's signature around a function of an input and a call.
 template <auto function, class Input>
 auto op(Input input, const Tensor& key, double p, double scale, SymIntArrayRef mask_strides,
-        SymInt mask_offset, double bias, double dropped) {
+        SymInt mask_offset, std::optional<double> bias, double dropped) {
   return function(input, {key, p, scale, mask_strides, std::move(mask_offset), bias, dropped});
 }
 

@@ -127,11 +127,12 @@ bool has_torch_function(PyObject* object) {
 
 PyDoc_STRVAR(
     eager_doc,
-    "eager(input, p, training, inplace, key, generator, scale=None, bias=-0.0, dropped=0.0, "
+    "eager(input, p, training, inplace, key, generator, scale=None, bias=None, dropped=0.0, "
     "mask_strides=None, mask_offset=0)\n\n"
     "One call of the dropout family, or NotImplemented where it is not plain: the caller "
     "then composes it of operators that can be traced. scale: of what is kept, None for "
-    "1 / (1 - p). bias, dropped: of keep ? fma(input, scale, bias) : dropped.");
+    "1 / (1 - p). bias, dropped: of keep ? fma(input, scale, bias) : dropped, None for a bias of "
+    "-0.");
 
 // Not through pybind11's argument casters, which take longer than the rest of a small call.
 PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
@@ -160,7 +161,7 @@ PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Call call{key, p, p < 1 ? 1 / (1 - p) : 0, {}, 0};
   if (n > 6) {
     if (args[6] != Py_None) call.scale = unpack_float(args[6], "scale");
-    call.bias = unpack_float(args[7], "bias");
+    if (args[7] != Py_None) call.bias = unpack_float(args[7], "bias");
     call.dropped = unpack_float(args[8], "dropped");
     call.mask_strides = mask_strides = unpack_strides(args[9]);
     call.mask_offset = unpack_index(args[10], "mask_offset");
@@ -241,8 +242,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("generator"), py::arg("device"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "check_call",
-      [](const at::Tensor& input, const std::optional<at::Tensor>& key, double p, double bias,
-         double dropped, int64_t n_strides) {
+      [](const at::Tensor& input, const std::optional<at::Tensor>& key, double p,
+         std::optional<double> bias, double dropped, int64_t n_strides) {
         const std::vector<c10::SymInt> strides(n_strides);
         const at::Tensor none;
         check(input, {key ? *key : none, p, 1, strides, 0, bias, dropped});

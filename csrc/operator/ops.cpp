@@ -127,21 +127,23 @@ Tensor new_output(const Tensor& input) {
 // Kernels, for the CPU and for CUDA alike.
 
 Tensor apply_kernel(const Tensor& input, const Tensor& key, double p, double scale,
-                    SymIntArrayRef mask_strides, SymInt mask_offset, double bias, double dropped) {
+                    SymIntArrayRef mask_strides, SymInt mask_offset, std::optional<double> bias,
+                    double dropped) {
   const Call call{key, p, scale, mask_strides, std::move(mask_offset), bias, dropped};
   check(input, call);
   const Tensor out = new_output(input);
-  run(input, out, key, p, Epilogue::kAffine, {scale, bias, dropped}, mask_strides,
+  run(input, out, key, p, Epilogue::kAffine, {scale, bias.value_or(-0.0), dropped}, mask_strides,
       call.mask_offset);
   return out;
 }
 
 void apply_kernel_(Tensor& input, const Tensor& key, double p, double scale,
-                   SymIntArrayRef mask_strides, SymInt mask_offset, double bias, double dropped) {
+                   SymIntArrayRef mask_strides, SymInt mask_offset, std::optional<double> bias,
+                   double dropped) {
   const Call call{key, p, scale, mask_strides, std::move(mask_offset), bias, dropped};
   check(input, call);
   check_writable(input);
-  run(input, input, key, p, Epilogue::kAffine, {scale, bias, dropped}, mask_strides,
+  run(input, input, key, p, Epilogue::kAffine, {scale, bias.value_or(-0.0), dropped}, mask_strides,
       call.mask_offset);
 }
 
@@ -193,14 +195,13 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 
 Tensor Call::apply(const Tensor& input) const {
   static const auto op = find<Tensor(const Tensor&, const Tensor&, double, double, SymIntArrayRef,
-                                     SymInt, double, double)>("dropout_ext::apply");
+                                     SymInt, std::optional<double>, double)>("dropout_ext::apply");
   return op.call(input, key, p, scale, mask_strides, mask_offset, bias, dropped);
 }
 
 void Call::apply_(Tensor& input) const {
-  static const auto op =
-      find<void(Tensor&, const Tensor&, double, double, SymIntArrayRef, SymInt, double, double)>(
-          "dropout_ext::apply_");
+  static const auto op = find<void(Tensor&, const Tensor&, double, double, SymIntArrayRef, SymInt,
+                                   std::optional<double>, double)>("dropout_ext::apply_");
   op.call(input, key, p, scale, mask_strides, mask_offset, bias, dropped);
 }
 
@@ -213,13 +214,14 @@ Tensor keep_mask(const Tensor& key, double p, SymIntArrayRef size, SymIntArrayRe
 
 TORCH_LIBRARY(dropout_ext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  // No default of -0 for the bias: graphs pool equal constants, and 0 is equal to it.
   m.def(
       "apply(Tensor input, Tensor key, float p, float scale, SymInt[] mask_strides, "
-      "SymInt mask_offset, float bias=-0.0, float dropped=0.0) -> Tensor",
+      "SymInt mask_offset, float? bias=None, float dropped=0.0) -> Tensor",
       tags);
   m.def(
       "apply_(Tensor(a!) input, Tensor key, float p, float scale, SymInt[] mask_strides, "
-      "SymInt mask_offset, float bias=-0.0, float dropped=0.0) -> ()",
+      "SymInt mask_offset, float? bias=None, float dropped=0.0) -> ()",
       tags);
   m.def(
       "keep_mask(Tensor key, float p, SymInt[] size, SymInt[] mask_strides, SymInt mask_offset, *, "

@@ -6,6 +6,8 @@
 #include <c10/core/SymInt.h>
 #include <c10/core/SymIntArrayRef.h>
 
+#include <optional>
+
 namespace dropout_ext {
 
 // One call of the family, keep ? fma(input, scale, bias) : dropped: all its arguments but the
@@ -16,10 +18,10 @@ struct Call {
   double scale;
   c10::SymIntArrayRef mask_strides;
   c10::SymInt mask_offset;
-  double bias = -0.0;
+  std::optional<double> bias = std::nullopt;  // none is -0: keep ? input * scale : dropped
   double dropped = 0;
 
-  bool is_linear() const { return bias == 0 && dropped == 0; }
+  bool is_linear() const { return !bias && dropped == 0; }
 
   at::Tensor apply(const at::Tensor& input) const;
   void apply_(at::Tensor& input) const;
