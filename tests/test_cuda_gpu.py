@@ -10,6 +10,7 @@ from helpers import (
     LAYOUTS,
     SHARED_LAYOUTS,
     assert_same_bits,
+    bits,
     broadcast_strides,
     make_key,
     random_tensor,
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import dropout_ext
 from dropout_ext import _C
 from dropout_ext import _reference as reference
+from tools import gpu_check
 
 pytestmark = pytest.mark.cuda
 
@@ -187,6 +189,14 @@ def test_geometry_changes_no_bits(geometry, key):
                 geometry(blocks, threads, wide)
                 for actual, first in zip(outputs(), expected, strict=True):
                     assert_same_bits(actual, first)
+
+
+def test_every_kernel(geometry):
+    """What compute-sanitizer is shown: every path, dtype, alignment and width of the positions."""
+    results = zip(gpu_check.every_kernel("cuda"), gpu_check.every_kernel("cpu"), strict=True)
+    for (what, actual), (_, expected) in results:
+        assert torch.equal(bits(actual), bits(expected)), what
+    assert_same_bits(*gpu_check.captured_draw())
 
 
 def test_drawn_keys_count_up(generator):
@@ -402,8 +412,8 @@ def needs_memory(gigabytes):
 
 
 def test_more_than_2_to_the_31_elements(key):
-    needs_memory(12)
-    n = 2**31 + 1029
+    needs_memory(5)
+    n = 2**31 + 5003  # more than a window beyond 2^31
     x = torch.ones(n, dtype=torch.float16, device="cuda")
     torch.ops.dropout_ext.apply_(x, key, 0.5, 2.0, (), 3)
     for begin in (0, 2**30, 2**31 - 4096, n - 8192):

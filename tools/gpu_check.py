@@ -272,6 +272,8 @@ def every_kernel(device: str) -> Iterator[tuple[str, Tensor]]:
                 if path == "columns":
                     yield f"transposed {what}", dropout(x.t(), 0.5, key=key)
                     shared = dropout(x, 0.5, key=key, broadcast_dims=(1,), inplace=True)
+                    # PyTorch's own code takes complex numbers to be aligned as a whole.
+                    shared = torch.view_as_real(shared) if dtype.is_complex else shared
                     yield f"in place, one decision per row, {what}", shared
         for path, strides in masks.items():
             for size in sizes[path]:
