@@ -70,7 +70,7 @@ def draw_key(input: Tensor, generator: torch.Generator | None) -> Tensor:
             "compiled function and pass it as 'key'"
         )
     if generator is not None:
-        _C.check_replay(generator)
+        _C.check_generator(generator, input.device)
     device = input.device if generator is None else generator.device
     mode = contextlib.nullcontext()
     if not torch.compiler.is_dynamo_compiling():

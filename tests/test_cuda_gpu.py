@@ -461,6 +461,29 @@ def test_another_device_than_the_current(key):
             dropout_ext.dropout(other, 0.5, key=key.to("cuda:0"))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_generator_of_another_gpu():
+    x = torch.ones(3, 4, device="cuda:0", requires_grad=True)
+    generator = torch.Generator("cuda:1")
+
+    def f(x):
+        return dropout_ext.dropout(x, 0.5, generator=generator)
+
+    vmapped = torch.func.vmap(f, randomness="different")
+    modules = [module(0.5, generator=generator) for module in (
+        dropout_ext.Dropout, dropout_ext.DropPath, dropout_ext.AlphaDropout
+    )]  # fmt: skip
+    for call in (f, vmapped, *modules):
+        with pytest.raises(ValueError, match=r"'generator' is on cuda:1, .*cuda:0"):
+            call(x)
+    with pytest.raises(ValueError, match=r"'generator' is on cuda:1, .*cuda:0"):
+        dropout_ext.dropout(x.detach(), 0.5, inplace=True, generator=generator)
+    assert generator.get_offset() == 0
+    # One of the very device, whichever is the current one.
+    y = f(x.detach().to("cuda:1"))
+    assert y.device == generator.device and generator.get_offset() == 4
+
+
 def test_devices_that_do_not_go_together(key):
     x = torch.ones(4)
     with pytest.raises(ValueError, match="key"):

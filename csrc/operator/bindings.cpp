@@ -251,7 +251,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("input"), py::arg("key"), py::arg("p"), py::arg("bias"), py::arg("dropped"),
       py::arg("n_strides"));
   m.def("check_writable", check_writable, py::arg("input"));
-  m.def("check_replay", check_replay, py::arg("generator"));
+  m.def("check_generator", check_generator, py::arg("generator"), py::arg("device"));
   m.def("check_fold_in", check_fold_in, py::arg("key"), py::arg("n"));
   m.def("check_split", check_split, py::arg("key"), py::arg("n"));
   m.def("element_word", [](uint64_t seed, uint64_t offset, uint64_t index) {

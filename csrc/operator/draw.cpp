@@ -31,10 +31,17 @@ at::Tensor draw_cpu(const std::optional<at::Generator>& generator) {
 
 }  // namespace
 
-void check_replay(const std::optional<at::Generator>& generator) {
-  if (!generator || torch::autograd::get_current_graph_task_id() == -1) return;
+void check_generator(const std::optional<at::Generator>& generator, at::Device device) {
+  if (!generator) return;
+  const at::Device from = generator->device();
+  // A device without an index is the current one, or the only one.
+  const bool same = from.type() == device.type() &&
+                    (from.index() == device.index() || !from.has_index() || !device.has_index());
+  TORCH_CHECK_VALUE(from.is_cpu() || same, "dropout(): argument 'generator' is on ", from,
+                    ", but accepted are the CPU and the device of the input, ", device);
+  if (torch::autograd::get_current_graph_task_id() == -1) return;
   TORCH_CHECK(
-      *generator == at::globalContext().defaultGenerator(generator->device()),
+      *generator == at::globalContext().defaultGenerator(from),
       "dropout(): argument 'generator' cannot be drawn from in a backward pass: an "
       "activation checkpoint that runs its forward again there restores the state of the "
       "default generators only, so that the gradients would be those of another mask. "
@@ -42,13 +49,10 @@ void check_replay(const std::optional<at::Generator>& generator) {
 }
 
 at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device device) {
-  check_replay(generator);
-  const bool cpu_generator = generator && generator->device().is_cpu();
-  TORCH_CHECK_VALUE(!generator || cpu_generator || generator->device().type() == device.type(),
-                    "dropout(): argument 'generator' is on ", generator->device(),
-                    ", but accepted are the CPU and the device of the input, ", device);
+  check_generator(generator, device);
 #ifdef DROPOUT_EXT_WITH_CUDA
-  if (device.is_cuda() && !cpu_generator) return cuda::draw_key(generator, device);
+  const bool from_cpu = generator && generator->device().is_cpu();
+  if (device.is_cuda() && !from_cpu) return cuda::draw_key(generator, device);
 #endif
   return draw_cpu(generator);
 }

@@ -8,12 +8,14 @@
 
 namespace dropout_ext {
 
-// RuntimeError where a recomputation in a backward pass would silently get another key than its
-// forward: every checkpoint restores the default generators, none of them another one.
-void check_replay(const std::optional<at::Generator>& generator);
+// ValueError for a generator that does not serve `device`: one of the CPU serves every device, any
+// other one only its own. RuntimeError where a recomputation in a backward pass would silently get
+// another key than its forward: every checkpoint restores the default generators, none of them
+// another one.
+void check_generator(const std::optional<at::Generator>& generator, at::Device device);
 
 // A fresh key, uint64 of shape (2,), for a tensor on `device`: from `generator`, or from the
-// device's default one. A CPU generator serves every device; any other generator only its own.
+// device's default one.
 at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device device);
 
 }  // namespace dropout_ext
