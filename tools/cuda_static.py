@@ -2,8 +2,10 @@
 
 Compiles csrc/cuda/dropout_kernel.cu for every architecture and demands of every kernel: no spills,
 no stack, no local memory; and of the flat kernels: 16-byte accesses alone on the way of a whole
-tile. That way is the loop from a tile to the next; its instructions and wide multiplies, per eight
-elements, are compared with csrc/cuda/static_counts.csv, where an increase fails.
+tile. That way is the loop from a tile to the next. Per eight elements its instructions, those of
+them for the ALU and its wide multiplies are compared with csrc/cuda/static_counts.csv, and more of
+what limits fails: the ALU, which takes a warp's instruction every other cycle; the wide multiplies;
+all instructions, where they are over twice as many as the ALU's; registers, where fewer warps fit.
 
     python tools/cuda_static.py --check [--arch 90 ...]
     python tools/cuda_static.py --update
@@ -41,7 +43,12 @@ DTYPES = {
     "NS1_7ComplexIfEE": ("complex64", 8),
     "b": ("bool", 1),
 }
-COLUMNS = ("nvcc", "arch", "dtype", "registers", "instructions", "wide_multiplies")
+COLUMNS = ("nvcc", "arch", "dtype", "registers", "instructions", "alu", "wide_multiplies")
+# Integer adds, logic, shifts, comparisons, selects, and packing two floats into 16 bits each.
+ALU = re.compile(
+    r"(V?IADD\w*|LOP\w*|PLOP3|SHF|LEA|PRMT|BMSK|SGXT|IABS|MOV|F?SEL|[FI]SETP|V?[FI]MNMX\w*|F2FP|P2R|R2P)"
+    r"(\.|$)"
+)
 
 
 class StaticError(Exception):
@@ -151,7 +158,8 @@ def whole_tile(body: list[str]) -> list[str]:
     blocks = basic_blocks(body)
 
     def stores(block: Block) -> int:
-        return sum("STG.E.128" in line and line[0] != "@" for line in block.instructions)
+        # Cache modifiers stand before the width or after it.
+        return sum(bool(re.match(r"STG\.\S*128\b", line)) for line in block.instructions)
 
     most = max(map(stores, blocks))
     ways = []
@@ -178,8 +186,9 @@ def opcode(line: str) -> str:
     return re.sub(r"^@\S+\s+", "", line).split()[0]
 
 
-def count_flat(name: str, body: list[str], element_size: int) -> tuple[float, float]:
-    """Instructions and wide multiplies per eight elements; an error for narrow accesses."""
+def count_flat(name: str, body: list[str], element_size: int) -> dict[str, float]:
+    """Of each column that counts instructions its figure per eight elements; an error for narrow
+    accesses."""
     codes = [opcode(line) for line in whole_tile(body)]
     accesses = {op: [code for code in codes if code.startswith(op)] for op in ("LDG", "STG")}
     stores = len(accesses["STG"])
@@ -188,8 +197,12 @@ def count_flat(name: str, body: list[str], element_size: int) -> tuple[float, fl
     if element_size > 1 and len(accesses["LDG"]) != stores:
         raise StaticError(f"{name} has {len(accesses['LDG'])} loads and {stores} stores")
     eights = stores * 16 / element_size / 8
-    wide = sum(bool(re.match(r"IMAD\.(WIDE|HI)", code)) for code in codes)
-    return len(codes) / eights, wide / eights
+    counts = {
+        "instructions": len(codes),
+        "alu": sum(bool(ALU.match(code)) for code in codes),
+        "wide_multiplies": sum(bool(re.match(r"IMAD\.(WIDE|HI)", code)) for code in codes),
+    }
+    return {column: count / eights for column, count in counts.items()}
 
 
 def measure(arch: int, kernel: Path = KERNEL) -> list[dict]:
@@ -210,17 +223,14 @@ def measure(arch: int, kernel: Path = KERNEL) -> list[dict]:
         if not flat:
             continue
         dtype, size = DTYPES[flat[1]]
-        instructions, wide = count_flat(f"sm_{arch}: flat kernel of {dtype}", body, size)
-        rows.append(
-            {
-                "nvcc": nvcc_version(),
-                "arch": f"sm_{arch}",
-                "dtype": dtype,
-                "registers": str(registers[name]),
-                "instructions": f"{instructions:.2f}",
-                "wide_multiplies": f"{wide:.2f}",
-            }
-        )
+        row = {
+            "nvcc": nvcc_version(),
+            "arch": f"sm_{arch}",
+            "dtype": dtype,
+            "registers": str(registers[name]),
+        }
+        counts = count_flat(f"sm_{arch}: flat kernel of {dtype}", body, size)
+        rows.append(row | {column: f"{count:.2f}" for column, count in counts.items()})
     if len(rows) != len(DTYPES):
         raise StaticError(f"sm_{arch}: {len(rows)} flat kernels, but {len(DTYPES)} dtypes")
     return sorted(rows, key=lambda row: row["dtype"])
@@ -229,6 +239,20 @@ def measure(arch: int, kernel: Path = KERNEL) -> list[dict]:
 def recorded() -> dict[tuple[str, str], dict]:
     with TABLE.open(newline="") as file:
         return {(row["arch"], row["dtype"]): row for row in csv.DictReader(file)}
+
+
+def limits(row: dict) -> dict[str, float]:
+    """What must not grow: cycles per eight elements, of a quarter of a multiprocessor for a warp
+    (one instruction in each, one of the ALU in two), wide multiplies, and by registers the warps
+    that do not fit (64 Ki registers, given to a thread by eights).
+    """
+    instructions, alu = float(row["instructions"]), float(row["alu"])
+    registers = int(row["registers"])
+    return {
+        "cycles": max(instructions, 2 * alu),
+        "wide multiplies": float(row["wide_multiplies"]),
+        "warps that do not fit": 64 - min(64, 65536 // (32 * (registers + -registers % 8))),
+    }
 
 
 def compare(row: dict, before: dict | None) -> tuple[list[str], list[str]]:
@@ -240,14 +264,11 @@ def compare(row: dict, before: dict | None) -> tuple[list[str], list[str]]:
         return [f"{what}: not in the table; run --update"], []
     if before["nvcc"] != row["nvcc"]:
         return [], [f"{what}: recorded with nvcc {before['nvcc']}, this is {row['nvcc']}"]
-    worse, notes = [], []
-    for column in COLUMNS[3:]:
-        now, then = float(row[column]), float(before[column])
-        message = f"{what}: {column} {row[column]}, recorded {before[column]}"
-        if now > then:
-            worse.append(message)
-        elif now < then:
-            notes.append(f"{message}; run --update")
+    now, then = limits(row), limits(before)
+    worse = [f"{what}: {name} {now[name]:g}, recorded {then[name]:g}" for name in now
+             if now[name] > then[name]]  # fmt: skip
+    notes = [f"{what}: {column} {row[column]}, recorded {before[column]}; run --update"
+             for column in COLUMNS[3:] if float(row[column]) != float(before[column])]  # fmt: skip
     return worse, notes
 
 
