@@ -33,7 +33,7 @@ def mask_strides(
                 "dropout(): arguments 'broadcast_dims' and 'mask_strides' exclude each other: "
                 "shared dimensions have mask stride 0"
             )
-        strides = _ints(strides, "mask_strides")
+        strides = ints(strides, "mask_strides")
         if len(strides) != len(shape):
             raise ValueError(
                 f"dropout(): argument 'mask_strides' has {len(strides)} entries, but accepted "
@@ -44,7 +44,7 @@ def mask_strides(
         return None
     ndim = len(shape)
     shared = set()
-    for dim in _ints(broadcast_dims, name):
+    for dim in ints(broadcast_dims, name):
         if not -ndim <= dim < ndim:
             raise IndexError(
                 f"dropout(): argument '{name}': Dimension out of range (expected to be in range of "
@@ -55,7 +55,8 @@ def mask_strides(
     return [0 if d in shared else stride for d, stride in enumerate(dense)]
 
 
-def _ints(values: Iterable[int], name: str) -> list[int]:
+def ints(values: Iterable[int], name: str) -> list[int]:
+    """`values`, the argument `name`, as integers; TypeError if they are none."""
     accepted, got = ("int", next(iter(values))) if name == "dim" else ("a sequence of ints", values)
     try:
         return [_int(value) for value in values]

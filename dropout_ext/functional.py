@@ -1,17 +1,5 @@
 """The functions of the dropout family, by the names, signatures and defaults of
 torch.nn.functional, and what they add to them.
-
-Arguments that all functions share:
-    input: float64, float32, float16, bfloat16, complex128 or complex64 (the alpha functions: real),
-        any shape and strides. The output has its shape, its dtype and the strides of
-        `torch.empty_like(input)`.
-    p: drop probability, 0 to 1.
-    key: what decides the mask, from `dropout_ext.key`: shape (2,), or (n, 2) with n =
-        input.shape[0] for a key per slice of dimension 0. None draws one.
-    generator: a torch.Generator to draw the key from, of the input's device or of the CPU.
-Eval mode, p = 0 and empty tensors return the input itself and draw no key. Errors: ValueError for p
-outside [0, 1], for a key of the wrong shape or device, for both key and generator; TypeError for a
-wrong type or dtype.
 """
 
 import math
@@ -56,13 +44,57 @@ def dropout(
     mask_strides: Sequence[int] | None = None,
     mask_offset: int = 0,
 ) -> Tensor:
-    """`torch.nn.functional.dropout`: keep ? input / (1 - p) : 0.
+    """Drops each element with probability `p` and scales what is kept by 1 / (1 - p):
+    keep ? input / (1 - p) : 0, as :func:`torch.nn.functional.dropout`.
 
-    broadcast_dims: dimensions along which all elements share one decision, negative ones too.
-    mask_strides, mask_offset: where this tensor lies in a larger one. Element idx has index
-        mask_offset + sum_d idx[d] * mask_strides[d] (modulo 2**64) of the mask; one stride per
-        dimension, None for row-major. A shard takes the whole tensor's strides and the index of its
-        first element, and gets the whole tensor's mask there.
+    Dropped elements are +0, also where the input is NaN or infinite. The backward pass computes the
+    mask again from the key: 16 bytes are saved.
+
+    Hinton, Srivastava, Krizhevsky, Sutskever, Salakhutdinov, "Improving neural networks by
+    preventing co-adaptation of feature detectors", 2012.
+
+    Args:
+        input (Tensor): any shape, any strides; float64, float32, float16,
+            bfloat16, complex128 or complex64.
+        p (float): probability of a drop, 0 to 1. Default: 0.5
+        training (bool): False returns the input itself. Default: True
+        inplace (bool): write to `input` and return it. Default: False
+        key (Tensor, optional): what decides the mask, see :func:`dropout_ext.key`: uint64 or int64
+            of shape (2,), or (n, 2) with n = input.shape[0] for a key per slice of dimension 0, on
+            the CPU or the device of `input`. Default: None, a key is drawn
+        generator (torch.Generator, optional): what to draw the key from, on the CPU or the device
+            of `input`; not together with `key`. Default: None, the device's default generator
+        broadcast_dims (sequence of int, optional): dimensions along which all elements share one
+            decision; negative ones count from the last. Default: None
+        mask_strides (sequence of int, optional): where this tensor lies in the mask of a larger
+            one: the element at idx takes the decision of index
+            mask_offset + sum_d idx[d] * mask_strides[d], modulo 2**64. One per dimension; a shard
+            takes the strides of the whole. Default: None, row-major
+        mask_offset (int): the index of this tensor's first element. Default: 0
+
+    Returns:
+        Tensor: of the shape, dtype and device of `input`, with the strides of
+        `torch.empty_like(input)`; `input` itself, and no key drawn, where nothing can drop: not
+        `training`, `p` = 0, or no elements.
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN; a key of another shape or device; both a key and a
+            generator.
+        TypeError: an argument of another type or dtype.
+        RuntimeError: in place on a leaf that requires grad, or on memory that elements share.
+        IndexError: a dimension of `broadcast_dims` that `input` has not.
+
+    Example:
+        >>> k = dropout_ext.key(seed=42)
+        >>> x = torch.ones(2, 4)
+        >>> dropout_ext.dropout(x, p=0.5, key=k)
+        tensor([[2., 0., 0., 0.],
+                [2., 0., 0., 2.]])
+        >>> dropout_ext.dropout(x, p=0.5, key=k, broadcast_dims=(0,))  # one mask for both rows
+        tensor([[2., 0., 0., 0.],
+                [2., 0., 0., 0.]])
+        >>> dropout_ext.dropout(x[1:], p=0.5, key=k, mask_strides=(4, 1), mask_offset=4)  # a shard
+        tensor([[2., 0., 0., 2.]])
     """
     if (
         broadcast_dims is None
@@ -98,7 +130,47 @@ def dropout1d(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.dropout1d`: drops whole channels of (N, C, L) or (C, L)."""
+    """Drops whole channels with probability `p` and scales the others by 1 / (1 - p), as
+    :func:`torch.nn.functional.dropout1d`: one decision per sample and channel.
+
+    Tompson, Goroshin, Jain, LeCun, Bregler, "Efficient object localization using convolutional
+    networks", CVPR 2015.
+
+    Args:
+        input (Tensor): (N, C, L) or (C, L), any strides; float64, float32, float16,
+            bfloat16, complex128 or complex64.
+        p (float): probability of a drop, 0 to 1. Default: 0.5
+        training (bool): False returns the input itself. Default: True
+        inplace (bool): write to `input` and return it. Default: False
+        key (Tensor, optional): what decides the mask, see :func:`dropout_ext.key`: uint64 or int64
+            of shape (2,), or (n, 2) with n = input.shape[0] for a key per slice of dimension 0, on
+            the CPU or the device of `input`. Default: None, a key is drawn
+        generator (torch.Generator, optional): what to draw the key from, on the CPU or the device
+            of `input`; not together with `key`. Default: None, the device's default generator
+
+    Shape:
+        - input: (N, C, L) or (C, L)
+        - output: as the input
+
+    Returns:
+        Tensor: of the shape, dtype and device of `input`, with the strides of
+        `torch.empty_like(input)`; `input` itself, and no key drawn, where nothing can drop: not
+        `training`, `p` = 0, or no elements.
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN; a key of another shape or device; both a key and a
+            generator.
+        TypeError: an argument of another type or dtype.
+        RuntimeError: in place on a leaf that requires grad, or on memory that elements share.
+        RuntimeError: `input` of another number of dimensions.
+
+    Example:
+        >>> x = torch.ones(2, 3, 4)
+        >>> y = dropout_ext.functional.dropout1d(x, key=dropout_ext.key(42))
+        >>> y[..., 0]  # each of the 2 x 3 channels as a whole
+        tensor([[2., 0., 0.],
+                [0., 2., 0.]])
+    """
     check_probability(p)
     if input.dim() not in (2, 3):
         raise RuntimeError(
@@ -120,9 +192,46 @@ def dropout2d(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.dropout2d`: drops whole channels of (N, C, H, W).
+    """Drops whole channels with probability `p` and scales the others by 1 / (1 - p), as
+    :func:`torch.nn.functional.dropout2d`: one decision per sample and channel. As there,
+    a 3-D input is taken as (N, C, L), with a warning, and other numbers of dimensions with another.
 
-    As there, a 3-D input is taken as (N, C, L), with a warning.
+    Tompson, Goroshin, Jain, LeCun, Bregler, "Efficient object localization using convolutional
+    networks", CVPR 2015.
+
+    Args:
+        input (Tensor): (N, C, H, W), any strides; float64, float32, float16,
+            bfloat16, complex128 or complex64.
+        p (float): probability of a drop, 0 to 1. Default: 0.5
+        training (bool): False returns the input itself. Default: True
+        inplace (bool): write to `input` and return it. Default: False
+        key (Tensor, optional): what decides the mask, see :func:`dropout_ext.key`: uint64 or int64
+            of shape (2,), or (n, 2) with n = input.shape[0] for a key per slice of dimension 0, on
+            the CPU or the device of `input`. Default: None, a key is drawn
+        generator (torch.Generator, optional): what to draw the key from, on the CPU or the device
+            of `input`; not together with `key`. Default: None, the device's default generator
+
+    Shape:
+        - input: (N, C, H, W); (N, C, L), with a warning
+        - output: as the input
+
+    Returns:
+        Tensor: of the shape, dtype and device of `input`, with the strides of
+        `torch.empty_like(input)`; `input` itself, and no key drawn, where nothing can drop: not
+        `training`, `p` = 0, or no elements.
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN; a key of another shape or device; both a key and a
+            generator.
+        TypeError: an argument of another type or dtype.
+        RuntimeError: in place on a leaf that requires grad, or on memory that elements share.
+
+    Example:
+        >>> x = torch.ones(2, 3, 4, 4)
+        >>> y = dropout_ext.functional.dropout2d(x, key=dropout_ext.key(42))
+        >>> y[..., 0, 0]  # each of the 2 x 3 channels as a whole
+        tensor([[2., 0., 0.],
+                [0., 2., 0.]])
     """
     check_probability(p)
     if input.dim() not in (3, 4):
@@ -149,7 +258,46 @@ def dropout3d(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.dropout3d`: drops whole channels of (N, C, D, H, W) or (C, D, H, W)."""
+    """Drops whole channels with probability `p` and scales the others by 1 / (1 - p), as
+    :func:`torch.nn.functional.dropout3d`: one decision per sample and channel.
+
+    Tompson, Goroshin, Jain, LeCun, Bregler, "Efficient object localization using convolutional
+    networks", CVPR 2015.
+
+    Args:
+        input (Tensor): (N, C, D, H, W) or (C, D, H, W), any strides; float64, float32, float16,
+            bfloat16, complex128 or complex64.
+        p (float): probability of a drop, 0 to 1. Default: 0.5
+        training (bool): False returns the input itself. Default: True
+        inplace (bool): write to `input` and return it. Default: False
+        key (Tensor, optional): what decides the mask, see :func:`dropout_ext.key`: uint64 or int64
+            of shape (2,), or (n, 2) with n = input.shape[0] for a key per slice of dimension 0, on
+            the CPU or the device of `input`. Default: None, a key is drawn
+        generator (torch.Generator, optional): what to draw the key from, on the CPU or the device
+            of `input`; not together with `key`. Default: None, the device's default generator
+
+    Shape:
+        - input: (N, C, D, H, W) or (C, D, H, W)
+        - output: as the input
+
+    Returns:
+        Tensor: of the shape, dtype and device of `input`, with the strides of
+        `torch.empty_like(input)`; `input` itself, and no key drawn, where nothing can drop: not
+        `training`, `p` = 0, or no elements.
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN; a key of another shape or device; both a key and a
+            generator.
+        TypeError: an argument of another type or dtype.
+        RuntimeError: in place on a leaf that requires grad, or on memory that elements share.
+
+    Example:
+        >>> x = torch.ones(2, 3, 2, 2, 2)
+        >>> y = dropout_ext.functional.dropout3d(x, key=dropout_ext.key(42))
+        >>> y[..., 0, 0, 0]  # each of the 2 x 3 channels as a whole
+        tensor([[2., 0., 0.],
+                [0., 2., 0.]])
+    """
     check_probability(p)
     if input.dim() not in (4, 5):
         warnings.warn(_deprecated("dropout3d", input.dim(), 3, "4D or 5D"), stacklevel=3)
@@ -166,8 +314,42 @@ def alpha_dropout(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.alpha_dropout`: keep ? a * input + b : a * alpha' + b, which keeps zero
-    mean and unit variance (Klambauer et al., "Self-normalizing neural networks", section 3).
+    """Sets each element to the negative saturation value of SELU with probability `p`, and maps all
+    of them so that zero mean and unit variance stay: keep ? a * input + b : a * alpha' + b, as
+    :func:`torch.nn.functional.alpha_dropout`.
+
+    With alpha' = -1.7581, a = ((1 - p) * (1 + p * alpha'**2)) ** -0.5 and b = -a * p * alpha'.
+    Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks", NeurIPS 2017,
+    section 3.
+
+    Args:
+        input (Tensor): any shape, any strides; float64, float32, float16 or
+            bfloat16.
+        p (float): probability of a drop, 0 to 1. Default: 0.5
+        training (bool): False returns the input itself. Default: False
+        inplace (bool): write to `input` and return it. Default: False
+        key (Tensor, optional): what decides the mask, see :func:`dropout_ext.key`: uint64 or int64
+            of shape (2,), or (n, 2) with n = input.shape[0] for a key per slice of dimension 0, on
+            the CPU or the device of `input`. Default: None, a key is drawn
+        generator (torch.Generator, optional): what to draw the key from, on the CPU or the device
+            of `input`; not together with `key`. Default: None, the device's default generator
+
+    Returns:
+        Tensor: of the shape, dtype and device of `input`, with the strides of
+        `torch.empty_like(input)`; `input` itself, and no key drawn, where nothing can drop: not
+        `training`, `p` = 0, or no elements.
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN; a key of another shape or device; both a key and a
+            generator.
+        TypeError: an argument of another type or dtype.
+        RuntimeError: in place on a leaf that requires grad, or on memory that elements share.
+
+    Example:
+        >>> x = torch.randn(1000, 1000)
+        >>> y = dropout_ext.functional.alpha_dropout(x, 0.2, training=True, key=dropout_ext.key(1))
+        >>> round(y.mean().item(), 2) + 0, round(y.std().item(), 2)
+        (0.0, 1.0)
     """
     check_probability(p)
     return run(input, Call(p, training, inplace, key, generator, *_alpha(p)))
@@ -183,7 +365,44 @@ def feature_alpha_dropout(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.feature_alpha_dropout`: `alpha_dropout` of whole channels."""
+    """Alpha dropout of whole channels, as :func:`torch.nn.functional.feature_alpha_dropout`: one
+    decision per sample and channel. See :func:`alpha_dropout` for the formula.
+
+    Args:
+        input (Tensor): (N, C, ...), any strides; float64, float32, float16 or
+            bfloat16.
+        p (float): probability of a drop, 0 to 1. Default: 0.5
+        training (bool): False returns the input itself. Default: False
+        inplace (bool): write to `input` and return it. Default: False
+        key (Tensor, optional): what decides the mask, see :func:`dropout_ext.key`: uint64 or int64
+            of shape (2,), or (n, 2) with n = input.shape[0] for a key per slice of dimension 0, on
+            the CPU or the device of `input`. Default: None, a key is drawn
+        generator (torch.Generator, optional): what to draw the key from, on the CPU or the device
+            of `input`; not together with `key`. Default: None, the device's default generator
+
+    Shape:
+        - input: (N, C, ...)
+        - output: as the input
+
+    Returns:
+        Tensor: of the shape, dtype and device of `input`, with the strides of
+        `torch.empty_like(input)`; `input` itself, and no key drawn, where nothing can drop: not
+        `training`, `p` = 0, or no elements.
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN; a key of another shape or device; both a key and a
+            generator.
+        TypeError: an argument of another type or dtype.
+        RuntimeError: in place on a leaf that requires grad, or on memory that elements share.
+        RuntimeError: `input` of fewer than 2 dimensions.
+
+    Example:
+        >>> x = torch.zeros(2, 3, 4)
+        >>> k = dropout_ext.key(42)
+        >>> y = dropout_ext.functional.feature_alpha_dropout(x, 0.5, training=True, key=k)
+        >>> (y[..., 0] > 0).tolist()  # kept
+        [[True, False, False], [False, True, False]]
+    """
     check_probability(p)
     return _features(input, Call(p, training, inplace, key, generator, *_alpha(p)))
 
@@ -199,11 +418,47 @@ def drop_path(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Stochastic depth per sample, `timm.layers.drop_path`: drops whole slices of dimension 0.
-
-    scale_by_keep: divide what is kept by 1 - drop_prob.
+    """Stochastic depth per sample: drops whole slices of dimension 0 with probability `drop_prob`,
+    as `timm.layers.drop_path` does.
 
     Huang, Sun, Liu, Sedra, Weinberger, "Deep networks with stochastic depth", ECCV 2016.
+
+    Args:
+        input (Tensor): (N, ...), any strides; float64, float32, float16,
+            bfloat16, complex128 or complex64.
+        drop_prob (float): probability of a drop, 0 to 1. Default: 0.0
+        training (bool): False returns the input itself. Default: False
+        scale_by_keep (bool): scale what is kept by 1 / (1 - drop_prob). Default: True
+        inplace (bool): write to `input` and return it. Default: False
+        key (Tensor, optional): what decides the mask, see :func:`dropout_ext.key`: uint64 or int64
+            of shape (2,), or (n, 2) with n = input.shape[0] for a key per slice of dimension 0, on
+            the CPU or the device of `input`. Default: None, a key is drawn
+        generator (torch.Generator, optional): what to draw the key from, on the CPU or the device
+            of `input`; not together with `key`. Default: None, the device's default generator
+
+    Shape:
+        - input: (N, ...)
+        - output: as the input
+
+    Returns:
+        Tensor: of the shape, dtype and device of `input`, with the strides of
+        `torch.empty_like(input)`; `input` itself, and no key drawn, where nothing can drop: not
+        `training`, `drop_prob` = 0, or no elements.
+
+    Raises:
+        ValueError: `drop_prob` outside [0, 1] or NaN; a key of another shape or device; both a key
+            and a generator.
+        TypeError: an argument of another type or dtype.
+        RuntimeError: in place on a leaf that requires grad, or on memory that elements share.
+        ValueError: `input` of 0 dimensions.
+
+    Example:
+        >>> x = torch.ones(4, 2)
+        >>> dropout_ext.functional.drop_path(x, 0.5, training=True, key=dropout_ext.key(42))
+        tensor([[2., 2.],
+                [0., 0.],
+                [0., 0.],
+                [0., 0.]])
     """
     check_probability(drop_prob)
     if input.dim() == 0:
@@ -225,10 +480,43 @@ def locked_dropout(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Variational dropout: one mask for all positions of `dim`, the time of a sequence.
+    """Variational dropout: one mask for all positions of `dim`, the time of a sequence, so that a
+    unit that is dropped is so at every step.
 
     Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks",
     NeurIPS 2016.
+
+    Args:
+        input (Tensor): such as (N, T, C), any strides; float64, float32, float16,
+            bfloat16, complex128 or complex64.
+        p (float): probability of a drop, 0 to 1. Default: 0.5
+        dim (int): the dimension that shares decisions, from the last if negative. Default: 1
+        training (bool): False returns the input itself. Default: True
+        inplace (bool): write to `input` and return it. Default: False
+        key (Tensor, optional): what decides the mask, see :func:`dropout_ext.key`: uint64 or int64
+            of shape (2,), or (n, 2) with n = input.shape[0] for a key per slice of dimension 0, on
+            the CPU or the device of `input`. Default: None, a key is drawn
+        generator (torch.Generator, optional): what to draw the key from, on the CPU or the device
+            of `input`; not together with `key`. Default: None, the device's default generator
+
+    Returns:
+        Tensor: of the shape, dtype and device of `input`, with the strides of
+        `torch.empty_like(input)`; `input` itself, and no key drawn, where nothing can drop: not
+        `training`, `p` = 0, or no elements.
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN; a key of another shape or device; both a key and a
+            generator.
+        TypeError: an argument of another type or dtype.
+        RuntimeError: in place on a leaf that requires grad, or on memory that elements share.
+        IndexError: a `dim` that `input` has not.
+
+    Example:
+        >>> x = torch.ones(1, 3, 4)  # (N, T, C)
+        >>> dropout_ext.functional.locked_dropout(x, dim=1, key=dropout_ext.key(42))
+        tensor([[[2., 0., 0., 0.],
+                 [2., 0., 0., 0.],
+                 [2., 0., 0., 0.]]])
     """
     check_probability(p)
     strides = _geometry.mask_strides(input.shape, (dim,), name="dim")
@@ -245,9 +533,33 @@ def keep_mask(
     mask_strides: Sequence[int] | None = None,
     mask_offset: int = 0,
 ) -> Tensor:
-    """The mask that `dropout` with this key applies to a tensor of this shape: bool, True = kept.
+    """The mask that :func:`dropout` with this key applies to a tensor of this shape.
 
-    device: of the result, None for the key's. The other arguments as in `dropout`.
+    Args:
+        shape (sequence of int): of the mask.
+        p (float): probability of a drop, 0 to 1.
+        key (Tensor): see :func:`dropout_ext.key`: uint64 or int64 of shape (2,), or (n, 2) with
+            n = shape[0] for a key per slice of dimension 0.
+        device (torch.device or str, optional): of the result. Default: None, the key's
+        broadcast_dims (sequence of int, optional): dimensions along which all elements share one
+            decision; negative ones count from the last. Default: None
+        mask_strides (sequence of int, optional): where the shape lies in the mask of a larger one:
+            the element at idx takes the decision of index
+            mask_offset + sum_d idx[d] * mask_strides[d], modulo 2**64. Default: None, row-major
+        mask_offset (int): the index of the first element. Default: 0
+
+    Returns:
+        Tensor: bool, of shape `shape`, True where an element is kept.
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN; a key of another shape.
+        TypeError: an argument of another type or dtype.
+        IndexError: a dimension of `broadcast_dims` that `shape` has not.
+
+    Example:
+        >>> k = dropout_ext.key(seed=42)
+        >>> dropout_ext.keep_mask((8,), 0.5, k).tolist()
+        [True, False, False, False, True, False, False, True]
     """
     if not isinstance(key, Tensor):
         raise TypeError(
@@ -255,6 +567,7 @@ def keep_mask(
             f"not {type(key).__name__}"
         )
     check_probability(p)
+    shape = _geometry.ints(shape, "shape")
     strides = _geometry.mask_strides(shape, broadcast_dims, mask_strides)
     if strides is None:
         strides = _geometry.row_major(shape)

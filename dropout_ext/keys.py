@@ -19,10 +19,24 @@ def _check_word(name: str, value: int) -> int:
 
 
 def key(seed: int, offset: int = 0, device: torch.device | str | None = None) -> Tensor:
-    """The key (seed, offset): a uint64 tensor of shape (2,).
+    """The key (seed, offset), which decides a whole mask: the same on every device.
 
-    Both words are integers from 0 to 2**64 - 1; ValueError otherwise. A key on the CPU serves
-    tensors on every device.
+    Args:
+        seed (int): from 0 to 2**64 - 1.
+        offset (int): from 0 to 2**64 - 1. Default: 0
+        device (torch.device or str, optional): of the result; a key on the CPU serves tensors on
+            every device. Default: None, torch's default device
+
+    Returns:
+        Tensor: uint64 of shape (2,).
+
+    Raises:
+        ValueError: a seed or an offset out of range.
+        TypeError: one that is no int.
+
+    Example:
+        >>> dropout_ext.key(seed=42)
+        tensor([42,  0], dtype=torch.uint64)
     """
     words = [_check_word("seed", seed), _check_word("offset", offset)]
     # By way of int64: inductor has no constants of type uint64.
@@ -43,11 +57,24 @@ def _check_types(function: str, key: Tensor, n: int) -> None:
 def fold_in(key: Tensor, n: int) -> Tensor:
     """An independent key for step, rank or slice `n`, as jax.random.fold_in derives one.
 
-    key: shape (2,), or (..., 2) for many keys at once; the result has its shape, dtype and device.
-    n: an integer from 0 to 2**63 - 1.
-
     Do not count steps in a key's offset and ranks by `fold_in`: the counter is offset + n, so the
     two would meet. `fold_in(fold_in(key, step), rank)` is right.
+
+    Args:
+        key (Tensor): uint64 or int64 of shape (2,), or (..., 2) for many keys at once.
+        n (int): from 0 to 2**63 - 1.
+
+    Returns:
+        Tensor: of the shape, dtype and device of `key`.
+
+    Raises:
+        ValueError: a key of another shape, `n` out of range.
+        TypeError: an argument of another type or dtype.
+
+    Example:
+        >>> k = dropout_ext.key(seed=42)
+        >>> dropout_ext.fold_in(dropout_ext.fold_in(k, 7), 3).shape  # for rank 3 in step 7
+        torch.Size([2])
     """
     _check_types("fold_in", key, n)
     if isinstance(n, int) and n >= 2**63:
@@ -58,6 +85,22 @@ def fold_in(key: Tensor, n: int) -> Tensor:
 
 
 def split(key: Tensor, n: int) -> Tensor:
-    """`n` independent keys, (n, 2): row j is `fold_in(key, j)`. key: shape (2,)."""
+    """`n` independent keys: row j is `fold_in(key, j)`.
+
+    Args:
+        key (Tensor): uint64 or int64 of shape (2,).
+        n (int): how many, from 0.
+
+    Returns:
+        Tensor: of shape (n, 2), of the dtype and device of `key`.
+
+    Raises:
+        ValueError: a key of another shape, a negative `n`.
+        TypeError: an argument of another type or dtype.
+
+    Example:
+        >>> dropout_ext.split(dropout_ext.key(seed=42), 3).shape
+        torch.Size([3, 2])
+    """
     _check_types("split", key, n)
     return _ops.ops.split(key, n)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._call import check_probability
+from ._call import check_probability, check_source
+from ._geometry import ints
 
 __all__ = [
     "AlphaDropout",
@@ -29,7 +30,7 @@ def _no_script(module: nn.Module):
     )
 
 
-class _Drawing:
+class _WithGenerator:
     """A generator to draw keys from. On the class: an nn module whose __class__ is set to ours has
     no such attribute of its own.
     """
@@ -39,16 +40,46 @@ class _Drawing:
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, generator: torch.Generator | None = None
     ) -> None:
-        super().__init__(p, inplace)
         check_probability(p)  # torch.nn lets NaN pass
+        check_source(None, generator)
+        super().__init__(p, inplace)
         if generator is not None:
             self.generator = generator
 
     __prepare_scriptable__ = _no_script
 
 
-class Dropout(_Drawing, nn.Dropout):
-    """`torch.nn.Dropout`. See `dropout_ext.dropout` for `key`, `generator` and `broadcast_dims`."""
+class Dropout(_WithGenerator, nn.Dropout):
+    """Drops elements with probability `p` while training and scales the others by 1 / (1 - p). A
+    :class:`torch.nn.Dropout`; see :func:`dropout_ext.dropout` for what it computes.
+
+    Called with ``key=`` (see :func:`dropout_ext.key`) it draws nothing, and that key decides the
+    mask. In eval mode it returns its input.
+
+    Args:
+        p (float): probability of a drop, 0 to 1. Default: 0.5
+        inplace (bool): write to the input and return it. Default: False
+        broadcast_dims (sequence of int, optional): dimensions along which all elements share one
+            decision; negative ones count from the last. Default: None
+        generator (torch.Generator, optional): what to draw keys from, on the CPU or the device of
+            the input. Default: None, the device's default generator
+
+    Shape:
+        - input: any shape; output: as the input
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN, when constructed too.
+        TypeError: an argument of another type or dtype.
+
+    Example:
+        >>> drop = dropout_ext.Dropout(p=0.5)
+        >>> drop
+        Dropout(p=0.5, inplace=False)
+        >>> drop(torch.ones(8), key=dropout_ext.key(seed=42))
+        tensor([2., 0., 0., 0., 2., 0., 0., 2.])
+        >>> drop.eval()(torch.ones(3))
+        tensor([1., 1., 1.])
+    """
 
     broadcast_dims: Sequence[int] | None = None
 
@@ -62,7 +93,7 @@ class Dropout(_Drawing, nn.Dropout):
     ) -> None:
         super().__init__(p, inplace, generator=generator)
         if broadcast_dims is not None:
-            self.broadcast_dims = tuple(broadcast_dims)
+            self.broadcast_dims = tuple(ints(broadcast_dims, "broadcast_dims"))
 
     def forward(self, input: Tensor, *, key: Tensor | None = None) -> Tensor:
         return functional.dropout(
@@ -80,8 +111,33 @@ class Dropout(_Drawing, nn.Dropout):
         return super().extra_repr() + shared
 
 
-class Dropout1d(_Drawing, nn.Dropout1d):
-    """`torch.nn.Dropout1d`."""
+class Dropout1d(_WithGenerator, nn.Dropout1d):
+    """Drops whole channels with probability `p` while training, and scales the others by
+    1 / (1 - p). A :class:`torch.nn.Dropout1d`; see :func:`dropout_ext.functional.dropout1d`.
+
+    Called with ``key=`` (see :func:`dropout_ext.key`) it draws nothing, and that key decides the
+    mask. In eval mode it returns its input.
+
+    Args:
+        p (float): probability of a drop, 0 to 1. Default: 0.5
+        inplace (bool): write to the input and return it. Default: False
+        generator (torch.Generator, optional): what to draw keys from, on the CPU or the device of
+            the input. Default: None, the device's default generator
+
+    Shape:
+        - input: (N, C, L) or (C, L); output: as the input
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN, when constructed too.
+        TypeError: an argument of another type or dtype.
+
+    Example:
+        >>> x = torch.ones(2, 3, 4)
+        >>> y = dropout_ext.Dropout1d()(x, key=dropout_ext.key(seed=42))
+        >>> y.flatten(2).unique(dim=2).squeeze(2)  # each channel is one value
+        tensor([[2., 0., 0.],
+                [0., 2., 0.]])
+    """
 
     def forward(self, input: Tensor, *, key: Tensor | None = None) -> Tensor:
         return functional.dropout1d(
@@ -89,8 +145,33 @@ class Dropout1d(_Drawing, nn.Dropout1d):
         )
 
 
-class Dropout2d(_Drawing, nn.Dropout2d):
-    """`torch.nn.Dropout2d`."""
+class Dropout2d(_WithGenerator, nn.Dropout2d):
+    """Drops whole channels with probability `p` while training, and scales the others by
+    1 / (1 - p). A :class:`torch.nn.Dropout2d`; see :func:`dropout_ext.functional.dropout2d`.
+
+    Called with ``key=`` (see :func:`dropout_ext.key`) it draws nothing, and that key decides the
+    mask. In eval mode it returns its input.
+
+    Args:
+        p (float): probability of a drop, 0 to 1. Default: 0.5
+        inplace (bool): write to the input and return it. Default: False
+        generator (torch.Generator, optional): what to draw keys from, on the CPU or the device of
+            the input. Default: None, the device's default generator
+
+    Shape:
+        - input: (N, C, H, W) or, with a warning, (N, C, L); output: as the input
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN, when constructed too.
+        TypeError: an argument of another type or dtype.
+
+    Example:
+        >>> x = torch.ones(2, 3, 4, 4)
+        >>> y = dropout_ext.Dropout2d()(x, key=dropout_ext.key(seed=42))
+        >>> y.flatten(2).unique(dim=2).squeeze(2)  # each channel is one value
+        tensor([[2., 0., 0.],
+                [0., 2., 0.]])
+    """
 
     def forward(self, input: Tensor, *, key: Tensor | None = None) -> Tensor:
         return functional.dropout2d(
@@ -98,8 +179,33 @@ class Dropout2d(_Drawing, nn.Dropout2d):
         )
 
 
-class Dropout3d(_Drawing, nn.Dropout3d):
-    """`torch.nn.Dropout3d`."""
+class Dropout3d(_WithGenerator, nn.Dropout3d):
+    """Drops whole channels with probability `p` while training, and scales the others by
+    1 / (1 - p). A :class:`torch.nn.Dropout3d`; see :func:`dropout_ext.functional.dropout3d`.
+
+    Called with ``key=`` (see :func:`dropout_ext.key`) it draws nothing, and that key decides the
+    mask. In eval mode it returns its input.
+
+    Args:
+        p (float): probability of a drop, 0 to 1. Default: 0.5
+        inplace (bool): write to the input and return it. Default: False
+        generator (torch.Generator, optional): what to draw keys from, on the CPU or the device of
+            the input. Default: None, the device's default generator
+
+    Shape:
+        - input: (N, C, D, H, W) or (C, D, H, W); output: as the input
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN, when constructed too.
+        TypeError: an argument of another type or dtype.
+
+    Example:
+        >>> x = torch.ones(2, 3, 4, 4, 4)
+        >>> y = dropout_ext.Dropout3d()(x, key=dropout_ext.key(seed=42))
+        >>> y.flatten(2).unique(dim=2).squeeze(2)  # each channel is one value
+        tensor([[2., 0., 0.],
+                [0., 2., 0.]])
+    """
 
     def forward(self, input: Tensor, *, key: Tensor | None = None) -> Tensor:
         return functional.dropout3d(
@@ -107,8 +213,31 @@ class Dropout3d(_Drawing, nn.Dropout3d):
         )
 
 
-class AlphaDropout(_Drawing, nn.AlphaDropout):
-    """`torch.nn.AlphaDropout`, which takes `inplace` and ignores it."""
+class AlphaDropout(_WithGenerator, nn.AlphaDropout):
+    """Alpha dropout for networks of SELU units: keeps zero mean and unit variance. A
+    :class:`torch.nn.AlphaDropout`; see :func:`dropout_ext.functional.alpha_dropout`.
+
+    Called with ``key=`` (see :func:`dropout_ext.key`) it draws nothing, and that key decides the
+    mask. In eval mode it returns its input.
+
+    Args:
+        p (float): probability of a drop, 0 to 1. Default: 0.5
+        inplace (bool): ignored, as there. Default: False
+        generator (torch.Generator, optional): what to draw keys from, on the CPU or the device of
+            the input. Default: None, the device's default generator
+
+    Shape:
+        - input: any shape; output: as the input
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN, when constructed too.
+        TypeError: an argument of another type or dtype.
+
+    Example:
+        >>> y = dropout_ext.AlphaDropout(0.2)(torch.randn(1000, 1000), key=dropout_ext.key(1))
+        >>> round(y.std().item(), 2)
+        1.0
+    """
 
     def forward(self, input: Tensor, *, key: Tensor | None = None) -> Tensor:
         return functional.alpha_dropout(
@@ -116,8 +245,32 @@ class AlphaDropout(_Drawing, nn.AlphaDropout):
         )
 
 
-class FeatureAlphaDropout(_Drawing, nn.FeatureAlphaDropout):
-    """`torch.nn.FeatureAlphaDropout`, which takes `inplace` and ignores it."""
+class FeatureAlphaDropout(_WithGenerator, nn.FeatureAlphaDropout):
+    """Alpha dropout of whole channels. A :class:`torch.nn.FeatureAlphaDropout`; see
+    :func:`dropout_ext.functional.feature_alpha_dropout`.
+
+    Called with ``key=`` (see :func:`dropout_ext.key`) it draws nothing, and that key decides the
+    mask. In eval mode it returns its input.
+
+    Args:
+        p (float): probability of a drop, 0 to 1. Default: 0.5
+        inplace (bool): ignored, as there. Default: False
+        generator (torch.Generator, optional): what to draw keys from, on the CPU or the device of
+            the input. Default: None, the device's default generator
+
+    Shape:
+        - input: (N, C, ...); output: as the input
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN, when constructed too.
+        TypeError: an argument of another type or dtype.
+
+    Example:
+        >>> drop = dropout_ext.FeatureAlphaDropout()
+        >>> y = drop(torch.zeros(2, 3, 4), key=dropout_ext.key(seed=42))
+        >>> (y[..., 0] > 0).tolist()  # kept
+        [[True, False, False], [False, True, False]]
+    """
 
     def forward(self, input: Tensor, *, key: Tensor | None = None) -> Tensor:
         return functional.feature_alpha_dropout(
@@ -126,7 +279,33 @@ class FeatureAlphaDropout(_Drawing, nn.FeatureAlphaDropout):
 
 
 class DropPath(nn.Module):
-    """`timm.layers.DropPath`. See `dropout_ext.functional.drop_path`."""
+    """Stochastic depth per sample: drops whole slices of dimension 0 while training, as
+    `timm.layers.DropPath` does; see :func:`dropout_ext.functional.drop_path`.
+
+    Called with ``key=`` (see :func:`dropout_ext.key`) it draws nothing, and that key decides the
+    mask. In eval mode it returns its input.
+
+    Args:
+        drop_prob (float): probability of a drop, 0 to 1. Default: 0.0
+        scale_by_keep (bool): scale what is kept by 1 / (1 - drop_prob). Default: True
+        inplace (bool): write to the input and return it. Default: False
+        generator (torch.Generator, optional): what to draw keys from, on the CPU or the device of
+            the input. Default: None, the device's default generator
+
+    Shape:
+        - input: (N, ...); output: as the input
+
+    Raises:
+        ValueError: `drop_prob` outside [0, 1] or NaN, when constructed too.
+        TypeError: an argument of another type or dtype.
+
+    Example:
+        >>> dropout_ext.DropPath(0.5)(torch.ones(4, 2), key=dropout_ext.key(seed=42))
+        tensor([[2., 2.],
+                [0., 0.],
+                [0., 0.],
+                [0., 0.]])
+    """
 
     generator: torch.Generator | None = None
     __prepare_scriptable__ = _no_script
@@ -141,6 +320,7 @@ class DropPath(nn.Module):
     ) -> None:
         super().__init__()
         check_probability(drop_prob)
+        check_source(None, generator)
         self.drop_prob = drop_prob
         self.scale_by_keep = scale_by_keep
         self.inplace = inplace
@@ -162,8 +342,33 @@ class DropPath(nn.Module):
         return f"drop_prob={round(self.drop_prob, 3):0.3f}"
 
 
-class LockedDropout(_Drawing, nn.modules.dropout._DropoutNd):
-    """Variational dropout. See `dropout_ext.functional.locked_dropout`."""
+class LockedDropout(_WithGenerator, nn.modules.dropout._DropoutNd):
+    """Variational dropout: one mask for all positions of `dim`, the time of a sequence; see
+    :func:`dropout_ext.functional.locked_dropout`.
+
+    Called with ``key=`` (see :func:`dropout_ext.key`) it draws nothing, and that key decides the
+    mask. In eval mode it returns its input.
+
+    Args:
+        p (float): probability of a drop, 0 to 1. Default: 0.5
+        dim (int): the dimension that shares decisions, from the last if negative. Default: 1
+        inplace (bool): write to the input and return it. Default: False
+        generator (torch.Generator, optional): what to draw keys from, on the CPU or the device of
+            the input. Default: None, the device's default generator
+
+    Shape:
+        - input: any shape with dimension `dim`, such as (N, T, C); output: as the input
+
+    Raises:
+        ValueError: `p` outside [0, 1] or NaN, when constructed too.
+        TypeError: an argument of another type or dtype.
+
+    Example:
+        >>> dropout_ext.LockedDropout(dim=0)(torch.ones(3, 4), key=dropout_ext.key(seed=42))
+        tensor([[2., 0., 0., 0.],
+                [2., 0., 0., 0.],
+                [2., 0., 0., 0.]])
+    """
 
     def __init__(
         self,

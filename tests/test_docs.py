@@ -1,5 +1,8 @@
-"""Every Python block of README.md and docs/*.md runs, the blocks of a page in one namespace."""
+"""Every Python block of README.md and docs/*.md runs, the blocks of a page in one namespace, and so
+does every example of a public docstring."""
 
+import doctest
+import inspect
 import re
 import warnings
 
@@ -8,6 +11,7 @@ import torch
 from helpers import ROOT
 
 import dropout_ext
+from dropout_ext import functional, modules
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
@@ -56,3 +60,27 @@ def test_there_are_pages():
     names = {page.name for page in PAGES}
     assert {"README.md", "from-nn-dropout.md", "family.md", "reproducibility.md"} <= names
     assert all(blocks(page) for page in PAGES if page.name in GIVEN)
+
+
+PUBLIC = {
+    f"{home.__name__}.{name}": getattr(home, name)
+    for home, names in (
+        (functional, functional.__all__),
+        (modules, modules.__all__),
+        (dropout_ext, ("key", "fold_in", "split")),
+    )
+    for name in names
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstring(name):
+    """It names each parameter, and its examples run and print what they say."""
+    thing = PUBLIC[name]
+    text = inspect.getdoc(thing)
+    for parameter in inspect.signature(thing).parameters:
+        assert re.search(rf"^    {parameter} \(", text, re.MULTILINE), parameter
+    given = {"torch": torch, "dropout_ext": dropout_ext}
+    (examples,) = doctest.DocTestFinder(recurse=False).find(thing, name, globs=given)
+    assert examples.examples
+    assert doctest.DocTestRunner().run(examples).failed == 0

@@ -386,3 +386,21 @@ def test_cuda_tensor_without_cuda_build():
         torch.ops.dropout_ext.apply.default.redispatch(
             torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), x, KEY, 0.5, 2.0, [1], 0
         )
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "parts"),
+    [
+        (lambda: dropout_ext.Dropout("0.1"), TypeError, ["'p'", "str"]),
+        (lambda: dropout_ext.Dropout2d(p=None), TypeError, ["'p'", "NoneType"]),
+        (lambda: dropout_ext.DropPath("0.1"), TypeError, ["'p'", "str"]),
+        (lambda: dropout_ext.Dropout(generator=42), TypeError, ["'generator'", "int"]),
+        (lambda: dropout_ext.DropPath(generator=42), TypeError, ["'generator'", "int"]),
+        (lambda: dropout_ext.Dropout(broadcast_dims=1), TypeError, ["'broadcast_dims'", "1"]),
+        (lambda: dropout_ext.keep_mask(4, 0.5, KEY), TypeError, ["'shape'", "4"]),
+        (lambda: dropout_ext.keep_mask((4, 1.5), 0.5, KEY), TypeError, ["'shape'", "1.5"]),
+        (lambda: functional.drop_path(X, 0.5, True, "x", key=5), TypeError, ["'key'", "int"]),
+    ],
+)
+def test_errors_at_construction(call, exception, parts):
+    check(exception, parts, call)
