@@ -2,8 +2,14 @@
 
 import torch  # noqa: F401  (the libraries that _C links to)
 
+from ._loading import explain
+
+try:
+    from . import _C
+except ImportError as error:
+    raise explain(error) from None
+
 from . import functional
-from ._C import build_info
 from .convert import convert, dropout_summary, revert
 from .functional import dropout, keep_mask
 from .keys import fold_in, key, split
@@ -20,6 +26,7 @@ from .modules import (
 from .monte_carlo import monte_carlo
 from .override import override
 
+build_info = _C.build_info
 __version__ = build_info()["version"]
 
 __all__ = [
