@@ -11,7 +11,7 @@ PY_CUDA := $(abspath $(VENV_CUDA))/bin/python
 # Stamps carry the torch they stand for, so that TORCH=... installs and builds anew.
 INSTALLED := $(VENV)/.installed-$(subst /,-,$(subst =,-,$(TORCH)))
 INSTALLED_CUDA := $(VENV_CUDA)/.installed-$(subst /,-,$(subst =,-,$(TORCH_CUDA)))
-BUILT := build/.built
+BUILT := build/.built$(if $(filter 1,$(DROPOUT_EXT_DEBUG)),-debug)
 CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # What a CUDA build without a GPU can show of itself; `make test` runs everything.
 CUDA_BUILD_TESTS = $(foreach t,contract operator keys module errors layouts functorch autograd distributed,tests/test_$(t).py)
@@ -50,8 +50,8 @@ $(INSTALLED): requirements-dev.txt requirements-test.txt
 $(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*/*)
 	@mkdir -p build && touch build/.started  # an edit during the build is newer than the stamp
 	@echo "building the extension (log: build/build.log)"
-	@$(PY) setup.py -q build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }
-	@mv build/.started $@
+	@$(PY) setup.py -q build_ext --inplace --force >build/build.log 2>&1 || { cat build/build.log; exit 1; }
+	@rm -f build/.built*; mv build/.started $@
 
 test: build ## run the tests; ARGS="-k name" narrows them
 	$(PY) -m pytest --timeout=300 $(ARGS)

@@ -4,11 +4,11 @@ Environment:
   DROPOUT_EXT_CUDA      1 demands CUDA, 0 forbids it; unset: where torch has it and nvcc is found
   TORCH_CUDA_ARCH_LIST  for example "8.0;9.0+PTX"; unset: the GPUs at hand, or else ARCHS below
   DROPOUT_EXT_WERROR    1 makes warnings in our sources errors
+  DROPOUT_EXT_DEBUG     1 compiles the host code for a debugger: not optimised, with symbols
   DROPOUT_EXT_SANITIZE  for example "address,undefined": checks the extension while it runs; for
                         Python to load it, preload the runtime of the sanitizer (make sanitize)
 """
 
-import importlib.util
 import os
 import re
 import shutil
@@ -16,7 +16,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import __version__ as setuptools_version
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
@@ -25,7 +24,6 @@ ROOT = Path(__file__).resolve().parent
 TORCH_MIN, TORCH_BELOW = (2, 11), (2, 14)
 TORCH_RANGE = "torch>={}.{},<{}.{}".format(*TORCH_MIN, *TORCH_BELOW)
 ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-WINDOWS = sys.platform == "win32"
 NEEDS_TORCH = (
     f"dropout_ext is compiled against the torch that it will run with: install {TORCH_RANGE} "
     "first, then run `pip install --no-build-isolation .` in the same environment"
@@ -34,14 +32,13 @@ NEEDS_TORCH = (
 
 def find_cuda_home() -> Path | None:
     """The toolkit of CUDA_HOME, of the nvcc on PATH, or the default one; None without nvcc."""
-    exe = "nvcc.exe" if WINDOWS else "nvcc"
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    named = os.environ.get("CUDA_HOME")
     if named:
-        return Path(named) if Path(named, "bin", exe).exists() else None
+        return Path(named) if Path(named, "bin", "nvcc").exists() else None
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         default = Path("/usr/local/cuda")
-        return default if (default / "bin" / exe).exists() else None
+        return default if (default / "bin" / "nvcc").exists() else None
     # nvcc may be a link or a script outside its toolkit, so ask it instead of looking at its path.
     dryrun = run_text(nvcc, "--dryrun", "-x", "cu", os.devnull)
     top = re.search(r"^#\$ TOP=(.+)$", dryrun, re.MULTILINE)
@@ -98,16 +95,14 @@ def cuda_toolkit(torch) -> Path | None:
     return home
 
 
-def string_macro(value: str) -> str:
-    return f'\\"{value}\\"' if WINDOWS else f'"{value}"'
-
-
 def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
 
 
 def with_torch(torch) -> dict:
     """What setup() needs besides pyproject.toml to build the extension."""
+    if sys.platform != "linux":
+        sys.exit(f"dropout_ext is built on Linux, not on {sys.platform}")
     release = tuple(map(int, re.match(r"(\d+)\.(\d+)", torch.__version__).groups()))
     if not TORCH_MIN <= release < TORCH_BELOW:
         sys.exit(f"{NEEDS_TORCH} (installed: torch {torch.__version__})")
@@ -119,9 +114,8 @@ def with_torch(torch) -> dict:
 
     # The torch version is on the command line so that another torch recompiles everything: ninja
     # does not track system headers.
-    macros = [("DROPOUT_EXT_TORCH_VERSION", string_macro(torch.__version__))]
+    macros = [("DROPOUT_EXT_TORCH_VERSION", f'"{torch.__version__}"')]
     files = sources("csrc/operator/*.cpp", "csrc/cpu/*.cpp")
-    nvcc_flags = []
     if cuda_home:
         gpus = range(torch.cuda.device_count())
         capabilities = [torch.cuda.get_device_capability(gpu) for gpu in gpus]
@@ -129,27 +123,24 @@ def with_torch(torch) -> dict:
         os.environ["TORCH_CUDA_ARCH_LIST"] = archs
         macros += [
             ("DROPOUT_EXT_WITH_CUDA", None),
-            ("DROPOUT_EXT_CUDA_ARCHS", string_macro(archs)),
+            ("DROPOUT_EXT_CUDA_ARCHS", f'"{archs}"'),
         ]
         files += sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
-        nvcc_flags = ["-std=c++20", "-O3", "--fmad=false", "--threads=0"]
 
-    werror = os.environ.get("DROPOUT_EXT_WERROR") == "1"
-    if WINDOWS:
-        cxx_flags = ["/std:c++20", "/O2", "/fp:precise", "/openmp", "/W3"]
-        cxx_flags += ["/WX"] if werror else []
-    else:
-        # A multiply and an add are fused where the source says fma and nowhere else, so that all
-        # backends agree to the bit. -g0: Python's own -g doubles compile time and size.
-        cxx_flags = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
-        cxx_flags += ["-Wall", "-Wextra", *(["-Werror"] if werror else [])]
-        # A directory that is also given by -I counts as a system one: torch's headers do not warn.
-        for path in cpp.include_paths("cuda" if cuda_home else "cpu"):
-            cxx_flags += ["-isystem", path]
-        if nvcc_flags:
-            nvcc_flags += ["-Xcompiler", "-Wall,-Wextra,-ffp-contract=off,-fvisibility=hidden"]
-            nvcc_flags += ["-Werror", "all-warnings"] if werror else []
-
+    # A multiply and an add are fused where the source says fma and nowhere else, so that all
+    # backends agree to the bit. -g0: Python's own -g doubles compile time and size.
+    cxx_flags = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
+    cxx_flags += ["-Wall", "-Wextra"]
+    # A directory that is also given by -I counts as a system one: torch's headers do not warn.
+    for path in cpp.include_paths("cuda" if cuda_home else "cpu"):
+        cxx_flags += ["-isystem", path]
+    nvcc_flags = ["-std=c++20", "-O3", "--fmad=false", "--threads=0"]
+    nvcc_flags += ["-Xcompiler", "-Wall,-Wextra,-ffp-contract=off,-fvisibility=hidden"]
+    if os.environ.get("DROPOUT_EXT_WERROR") == "1":
+        cxx_flags += ["-Werror"]
+        nvcc_flags += ["-Werror", "all-warnings"]
+    if os.environ.get("DROPOUT_EXT_DEBUG") == "1":
+        cxx_flags += ["-O0", "-g"]
     link_flags = []
     if sanitizers := os.environ.get("DROPOUT_EXT_SANITIZE"):
         link_flags = [f"-fsanitize={sanitizers}"]
@@ -159,20 +150,18 @@ def with_torch(torch) -> dict:
     class BuildExt(cpp.BuildExtension):
         def build_extensions(self):
             (extension,) = self.extensions
-            version = string_macro(self.distribution.get_version())
+            version = f'"{self.distribution.get_version()}"'
             extension.define_macros.append(("DROPOUT_EXT_VERSION", version))
-            clang = not WINDOWS and "clang" in run_text(*self.compiler.compiler_cxx, "--version")
-            if not WINDOWS and not clang:
+            # at::parallel_for is a template around an OpenMP pragma, serial without this.
+            extension.extra_compile_args["cxx"].append("-fopenmp")
+            if "clang" in run_text(*self.compiler.compiler_cxx, "--version"):
+                # Only with clang, whose calls the OpenMP runtime that torch has loaded does not
+                # know. It knows those of GCC, and a second runtime would ignore
+                # torch.set_num_threads.
+                extension.extra_link_args.append("-fopenmp")
+            else:
                 # GCC 12 sees an uninitialised value in any std::optional<at::Generator>.
                 extension.extra_compile_args["cxx"].append("-Wno-maybe-uninitialized")
-            if sys.platform == "linux":
-                # at::parallel_for is a template around an OpenMP pragma, serial without this.
-                extension.extra_compile_args["cxx"].append("-fopenmp")
-                # Not when linking: GOMP_parallel comes from the OpenMP runtime that torch has
-                # loaded, where a second one would ignore torch.set_num_threads. What clang calls
-                # instead, that runtime lacks.
-                if clang:
-                    extension.extra_link_args.append("-fopenmp")
             super().build_extensions()
 
     extension = (cpp.CUDAExtension if cuda_home else cpp.CppExtension)(
@@ -208,14 +197,6 @@ def without_torch() -> dict:
         "install_requires": [TORCH_RANGE],
     }
 
-
-makes_wheel = {"dist_info", "bdist_wheel"} & set(sys.argv)
-needs_package = tuple(map(int, setuptools_version.split(".")[:2])) < (70, 1)
-if makes_wheel and needs_package and importlib.util.find_spec("wheel") is None:
-    sys.exit(
-        f"setuptools {setuptools_version} cannot make a wheel without the package `wheel`: "
-        "run `pip install --upgrade 'setuptools>=70.1,<82'` first"
-    )
 
 try:
     import torch
