@@ -17,6 +17,8 @@ CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name
 CUDA_BUILD_TESTS = $(foreach t,contract operator keys module errors layouts functorch autograd distributed,tests/test_$(t).py)
 # What calls the extension in every way, in minutes.
 SANITIZE_TESTS = $(foreach t,operator layouts errors keys fuzz inplace,tests/test_$(t).py)
+# What reads other files than the package and the tests.
+DIST_TESTS = $(foreach t,contract cuda_static docs,tests/test_$(t).py)
 QUICK_FLAG = $(if $(filter-out 0,$(QUICK)),--quick)
 
 # Into a directory whose build/ stays: an extension built there leaves the one of `make build` alone.
@@ -116,12 +118,18 @@ cuda-build: ## build, import and test the CUDA extension as far as that goes wit
 cuda-static: build ## compile the kernels for every architecture; compare their instruction counts
 	$(PY) tools/cuda_static.py --check $(ARGS)
 
-dist: build ## sdist and a wheel made from it, installed apart and checked
+dist: build ## sdist and a wheel made from it, installed apart and checked; tests run from the sdist
 	@rm -rf build/dist && mkdir -p build
 	@echo "building sdist and wheel (log: build/dist.log)"
 	@$(PY) -m build --no-isolation --outdir build/dist . >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
 	$(PY) -m pip install -q --no-deps --target build/dist/site build/dist/*.whl
 	cd build/dist/site && $(abspath $(PY)) -m dropout_ext
+	tar -C build/dist -xf build/dist/*.tar.gz
+	@git ls-files | (cd build/dist/dropout_ext-*/ && xargs ls -d >/dev/null) || \
+	  { echo "make dist: MANIFEST.in leaves these files out of the sdist"; exit 1; }
+	cp build/dist/site/dropout_ext/_C*.so build/dist/dropout_ext-*/dropout_ext/
+	cd build/dist/dropout_ext-*/ && $(abspath $(PY)) -m pytest -q --collect-only >/dev/null
+	cd build/dist/dropout_ext-*/ && $(abspath $(PY)) -m pytest -q --timeout=300 $(DIST_TESTS) $(ARGS)
 
 gpu-check: ## on a machine with a GPU: build, test and measure with what is installed there
 	$(PYTHON) tools/gpu_check.py $(ARGS)
