@@ -200,9 +200,8 @@ def unavailable_tests() -> dict[str, str]:
                 names = [node.module]
             for name in (name.split(".")[0] for name in names):
                 ours = any(
-                    (folder / found).exists()
+                    (folder / f"{name}.py").exists() or any((folder / name).glob("*.py"))
                     for folder in folders
-                    for found in (f"{name}.py", f"{name}/__init__.py")
                 )
                 if not ours and importlib.util.find_spec(name) is None:
                     missing[path.name] = name
