@@ -16,7 +16,7 @@ namespace dropout_ext {
 namespace {
 
 // The complement of what torch.randint(0, 2**63 - 1, (1,)) returns, twice: traced code draws
-// exactly that and complements it (_ops.py), so that one seed gives one mask in both.
+// exactly that and complements it (_draw.py), so that one seed gives one mask in both.
 at::Tensor draw_cpu(const std::optional<at::Generator>& generator) {
   auto* gen = at::get_generator_or_default<at::CPUGeneratorImpl>(
       generator, at::detail::getDefaultCPUGenerator());
