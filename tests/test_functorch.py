@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwd
 from family import ALPHA, MODULES
 from helpers import assert_same_bits, random_tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -96,6 +97,31 @@ def test_derivatives_with_respect_to_complex(key):
     y, derivative = jvp(lambda x: dropout(x, key=key), (x,), (tangent,))
     assert_same_bits(y, reference.apply(x, key, 0.5, 2.0))
     assert_same_bits(derivative, reference.apply(tangent, key, 0.5, 2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("lazy", [torch.clone, torch.conj, torch._neg_view])
+def test_complex_infinities(dtype, lazy, key):
+    """Each part by itself, in the output and in the derivatives: inf + 0i stays free of NaN."""
+
+    def check(actual, inputs):
+        for y, t in zip(actual, inputs, strict=True):
+            plain = t.resolve_conj().resolve_neg()
+            assert_same_bits(y, reference.apply(plain, key, 0.5, 2.0, [1]))
+
+    def f(x):
+        return dropout(x, key=key)
+
+    both = [lazy(random_tensor((60,), dtype, seed, special=True)) for seed in (0, 1)]
+    x, tangent = both
+    check(jvp(f, (x,), (tangent,)), both)
+    y, pullback = vjp(f, x)
+    check([y, *pullback(tangent)], both)
+    with fwd.dual_level():
+        check(fwd.unpack_dual(f(fwd.make_dual(x, tangent))), both)
+    rows = vmap(lambda x, t: jvp(f, (x,), (t,)))(*(t.expand(3, 60) for t in both))
+    for row in range(3):
+        check([y[row] for y in rows], both)
 
 
 @pytest.mark.parametrize("name", MODULES)

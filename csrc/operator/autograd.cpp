@@ -113,7 +113,14 @@ bool needs_composition(const Tensor& input) {
 
 Tensor compose(const Tensor& input, const Call& call) {
   const Tensor mask = whole_mask(input, call);
-  if (call.is_linear()) return at::where(mask, input * call.scale, 0);
+  if (call.is_linear()) {
+    // Complex numbers in parts: scale + 0i times an infinity would have a NaN in it.
+    const Tensor scaled =
+        input.is_complex()
+            ? at::view_as_complex(at::view_as_real(input.resolve_conj()) * call.scale)
+            : input * call.scale;
+    return at::where(mask, scaled, 0);
+  }
   // A multiply and an add, where the kernels have one fused operation: the last bit may differ.
   const auto dtype = input.scalar_type();
   const Tensor x = dtype == at::kHalf || dtype == at::kBFloat16 ? input.to(at::kFloat) : input;
