@@ -5,7 +5,7 @@ import torch
 import torch.autograd.forward_ad as fwd
 from family import ALPHA, MODULES
 from helpers import assert_same_bits, random_tensor
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import dropout_ext
 from dropout_ext import _reference as reference
@@ -122,6 +122,26 @@ def test_complex_infinities(dtype, lazy, key):
     rows = vmap(lambda x, t: jvp(f, (x,), (t,)))(*(t.expand(3, 60) for t in both))
     for row in range(3):
         check([y[row] for y in rows], both)
+
+
+def test_linearize(key):
+    """With a key one mask, of the value and of every derivative."""
+    x, ones = random_tensor((N,)), torch.ones(N)
+    value, derivative = linearize(lambda x: dropout(x, key=key), x)
+    assert_same_bits(value, reference.apply(x, key, 0.5, 2.0))
+    for _ in range(2):
+        assert_same_bits(derivative(ones), factor(N, key))
+
+
+def test_linearize_draws_again_at_every_call():
+    """The documented limit: what it records draws, and so does what it records of torch's own."""
+    for f in (dropout, torch.nn.functional.dropout):
+        value, derivative = linearize(f, torch.ones(N))
+        masks = [value, *(derivative(torch.ones(N)) for _ in range(2))]
+        for i in range(3):
+            assert set(masks[i].unique().tolist()) == {0.0, 2.0}
+            for j in range(i):
+                assert_fair(masks[i] != masks[j])
 
 
 @pytest.mark.parametrize("name", MODULES)
