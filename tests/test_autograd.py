@@ -369,3 +369,22 @@ def test_strides_of_any_64_bits(stride, key):
     assert torch.equal(dropout_ext.keep_mask(x.shape, 0.5, key, **place), expected)
     compiled = torch.compile(lambda x: dropout(x, key=key, **place), backend="aot_eager")
     assert torch.equal(compiled(x) != 0, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "conjugate"])
+def test_complex_infinities_where_dropout_is_composed(layout, key):
+    """As the kernel, which scales the parts: under forward AD, and of a sparse gradient."""
+    x = torch.full((6, 50), complex(torch.inf, -torch.inf))
+    x[1] = complex(torch.nan, torch.inf)
+    x = {
+        "contiguous": lambda: x,
+        "transposed": lambda: x.mT.contiguous().mT,
+        "conjugate": lambda: x.conj(),
+    }[layout]()
+    expected = reference.apply(x, key, 0.5, 2.0)
+    with fwd.dual_level():
+        dual = dropout(fwd.make_dual(x, torch.ones(6, 50, dtype=x.dtype)), key=key)
+        assert_same_bits(fwd.unpack_dual(dual).primal, expected)
+    weight = torch.zeros(6, 50, dtype=x.dtype, requires_grad=True)
+    dropout(weight, key=key).backward(x.resolve_conj().contiguous().to_sparse(1))
+    assert_same_bits(weight.grad.coalesce().values(), expected)

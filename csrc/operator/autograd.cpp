@@ -46,6 +46,13 @@ void save(AutogradContext* ctx, const Call& call) {
   if (call.mask_offset != 0) ctx->saved_data["mask_offset"] = call.mask_offset;
 }
 
+// Complex numbers in parts: scale + 0i times an infinity would have a NaN in it.
+Tensor scaled(const Tensor& input, double scale) {
+  if (!input.is_complex()) return input * scale;
+  const Tensor parts = at::view_as_real(input.resolve_conj()) * scale;
+  return at::view_as_complex(parts.contiguous());  // those of an expanded input may lie apart
+}
+
 // A sparse gradient, that of an embedding with sparse=True say, stays one: the mask of the whole
 // tensor is read where the gradient has values.
 Tensor apply_to_sparse(const Tensor& grad, const Call& call) {
@@ -54,7 +61,7 @@ Tensor apply_to_sparse(const Tensor& grad, const Call& call) {
   torch::List<std::optional<Tensor>> at_indices;
   for (const Tensor& index : indices.unbind()) at_indices.push_back(index);
   const Tensor mask = whole_mask(grad, call).index(at_indices);
-  const Tensor values = at::where(mask, entries.values() * call.scale, 0);
+  const Tensor values = at::where(mask, scaled(entries.values(), call.scale), 0);
   return at::sparse_coo_tensor(indices, values, grad.sizes(), grad.options(),
                                /*is_coalesced=*/true);
 }
@@ -113,14 +120,7 @@ bool needs_composition(const Tensor& input) {
 
 Tensor compose(const Tensor& input, const Call& call) {
   const Tensor mask = whole_mask(input, call);
-  if (call.is_linear()) {
-    // Complex numbers in parts: scale + 0i times an infinity would have a NaN in it.
-    const Tensor scaled =
-        input.is_complex()
-            ? at::view_as_complex(at::view_as_real(input.resolve_conj()) * call.scale)
-            : input * call.scale;
-    return at::where(mask, scaled, 0);
-  }
+  if (call.is_linear()) return at::where(mask, scaled(input, call.scale), 0);
   // A multiply and an add, where the kernels have one fused operation: the last bit may differ.
   const auto dtype = input.scalar_type();
   const Tensor x = dtype == at::kHalf || dtype == at::kBFloat16 ? input.to(at::kFloat) : input;
