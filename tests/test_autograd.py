@@ -251,6 +251,23 @@ def test_no_graph(context, key):
         assert_same_bits(z, reference.apply(y, key, 0.5, 2.0))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_drawn_key_stays_what_it_is_for_its_graph(device):
+    """Calls write to the key of the call before them once no graph holds it."""
+    x = torch.ones(300, device=device, requires_grad=True)
+    outputs = []
+    for _ in range(4):
+        outputs += [dropout(x, 0.5), dropout(x * 1, 0.5, inplace=True)]
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                dropout(x, 0.5)
+    for y in outputs:
+        (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        assert_same_bits(gradient, y)
+    masks = [y.detach() != 0 for y in outputs]
+    assert not any(torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
+
+
 @pytest.mark.cuda
 def test_cuda(key):
     x = random_tensor((N,)).cuda().requires_grad_()

@@ -1,6 +1,5 @@
 #include "launcher.h"
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -48,7 +47,8 @@ void apply(const ApplyArgs& args, const at::Tensor& key, c10::Device device) {
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-at::Tensor draw_key(const std::optional<at::Generator>& generator, c10::Device device) {
+at::Tensor draw_key(const std::optional<at::Generator>& generator, c10::Device device,
+                    at::Tensor host) {
   device = with_index(device);
   const c10::cuda::CUDAGuard guard(device);  // also for the capture state of the current stream
   auto* gen = at::get_generator_or_default<at::CUDAGeneratorImpl>(
@@ -59,11 +59,10 @@ at::Tensor draw_key(const std::optional<at::Generator>& generator, c10::Device d
     state = gen->philox_cuda_state(4);
   }
   if (!state.captured_) {
-    at::Tensor key = at::detail::empty_cpu({2}, at::kUInt64);
-    auto* words = static_cast<uint64_t*>(key.mutable_data_ptr());
+    auto* words = static_cast<uint64_t*>(host.mutable_data_ptr());
     words[0] = state.seed_.val;
     words[1] = state.offset_.val / 4;
-    return key;
+    return host;
   }
   at::Tensor key = empty_keys({2}, device);
   launch_unpack_key(state.seed_.ptr, state.offset_.ptr, state.offset_intragraph_,

@@ -19,9 +19,10 @@ namespace dropout_ext::cuda {
 void apply(const ApplyArgs& args, const at::Tensor& key, c10::Device device);
 
 // Draws a key, uint64 of shape (2,), from `generator` (of `device`; its default one if none) and
-// advances its Philox offset by 4. The key is on the CPU; under graph capture it is on the device
-// and every replay writes a fresh one.
-at::Tensor draw_key(const std::optional<at::Generator>& generator, c10::Device device);
+// advances its Philox offset by 4. The key is `host`, on the CPU; under graph capture it is another
+// one on the device, and every replay writes a fresh one.
+at::Tensor draw_key(const std::optional<at::Generator>& generator, c10::Device device,
+                    at::Tensor host);
 
 // For tests, which bind it as _C._force_cuda_geometry: launch geometry changes no bits. 0 and false
 // leave the choice to the launcher; `threads` is a multiple of 32; `wide` forces 64-bit arithmetic

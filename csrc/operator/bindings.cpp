@@ -167,18 +167,23 @@ PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
     call.mask_offset = unpack_index(args[10], "mask_offset");
   }
   at::Tensor out;
+  thread_local at::Tensor last_key;  // for the next call, unless a graph has kept it
   {
     const py::gil_scoped_release no_gil;
     // Errors before the draw, so that a call that fails leaves the generator alone.
     check(input, call);
     if (inplace) check_writable(input);
     // Nothing is kept under any key at p = 1.
-    if (!has_key) key = p == 1 ? at::zeros({2}, at::kUInt64) : draw_key(generator, input.device());
+    if (!has_key) {
+      key = p == 1 ? at::zeros({2}, at::kUInt64)
+                   : draw_key(generator, input.device(), std::move(last_key));
+    }
     if (inplace) {
       call.apply_(input);
     } else {
       out = call.apply(input);
     }
+    if (!has_key && key.is_cpu()) last_key = std::move(key);
   }
   return inplace ? Py_NewRef(args[0]) : THPVariable_Wrap(std::move(out));
   END_HANDLE_TH_ERRORS

@@ -17,16 +17,18 @@ namespace {
 
 // The complement of what torch.randint(0, 2**63 - 1, (1,)) returns, twice: traced code draws
 // exactly that and complements it (_draw.py), so that one seed gives one mask in both.
-at::Tensor draw_cpu(const std::optional<at::Generator>& generator) {
+void draw_cpu(const std::optional<at::Generator>& generator, const at::Tensor& key) {
   auto* gen = at::get_generator_or_default<at::CPUGeneratorImpl>(
       generator, at::detail::getDefaultCPUGenerator());
   constexpr uint64_t kRange = (uint64_t{1} << 63) - 1;
-  at::Tensor key = at::detail::empty_cpu({2}, at::kUInt64);
   auto* words = static_cast<uint64_t*>(key.mutable_data_ptr());
   const std::lock_guard<std::mutex> lock(gen->mutex_);
   words[0] = ~(gen->random64() % kRange);
   words[1] = ~(gen->random64() % kRange);
-  return key;
+}
+
+bool held_elsewhere(const at::Tensor& tensor) {
+  return tensor.use_count() > 1 || tensor.storage().use_count() > 1;
 }
 
 }  // namespace
@@ -48,13 +50,19 @@ void check_generator(const std::optional<at::Generator>& generator, at::Device d
       "Draw a key outside of the checkpoint and pass it as 'key', or leave out 'generator'");
 }
 
-at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device device) {
+at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device device,
+                    at::Tensor spare) {
   check_generator(generator, device);
+  at::Tensor key = std::move(spare);
+  if (!key.defined() || held_elsewhere(key) || key.is_inference()) {
+    key = at::detail::empty_cpu({2}, at::kUInt64);
+  }
 #ifdef DROPOUT_EXT_WITH_CUDA
   const bool from_cpu = generator && generator->device().is_cpu();
-  if (device.is_cuda() && !from_cpu) return cuda::draw_key(generator, device);
+  if (device.is_cuda() && !from_cpu) return cuda::draw_key(generator, device, std::move(key));
 #endif
-  return draw_cpu(generator);
+  draw_cpu(generator, key);
+  return key;
 }
 
 }  // namespace dropout_ext

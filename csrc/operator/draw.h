@@ -15,7 +15,8 @@ namespace dropout_ext {
 void check_generator(const std::optional<at::Generator>& generator, at::Device device);
 
 // A fresh key, uint64 of shape (2,), for a tensor on `device`: from `generator`, or from the
-// device's default one.
-at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device device);
+// device's default one. It is written into `spare` where nobody else holds that.
+at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device device,
+                    at::Tensor spare = {});
 
 }  // namespace dropout_ext
