@@ -13,8 +13,10 @@ INSTALLED := $(VENV)/.installed-$(subst /,-,$(subst =,-,$(TORCH)))
 INSTALLED_CUDA := $(VENV_CUDA)/.installed-$(subst /,-,$(subst =,-,$(TORCH_CUDA)))
 BUILT := build/.built$(if $(filter 1,$(DROPOUT_EXT_DEBUG)),-debug)
 CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-# What a CUDA build without a GPU can show of itself; `make test` runs everything.
-CUDA_BUILD_TESTS = $(foreach t,contract operator keys module errors layouts functorch autograd distributed,tests/test_$(t).py)
+# What a CUDA build without a GPU can show of itself, and the oldest torch of what differs between
+# versions; `make test` runs everything.
+CUDA_BUILD_TESTS = $(foreach t,contract operator keys module family errors layouts functorch autograd \
+  checkpoint compile seeds modes amp interop monte_carlo distributed,tests/test_$(t).py)
 # What calls the extension in every way, in minutes.
 SANITIZE_TESTS = $(foreach t,operator layouts errors keys fuzz inplace,tests/test_$(t).py)
 # What reads other files than the package and the tests.

@@ -136,6 +136,8 @@ def test_the_gradient_has_the_mask_of_the_forward(path, source, compiled):
     assert compiled or region.calls > 1
 
 
+# torch before 2.13 complains of a nested region that raises while it runs again, when it is freed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("source", GENERATORS)
 @each_path
 def test_a_generator_errs_where_the_forward_runs_again(path, source):
