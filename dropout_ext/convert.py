@@ -1,7 +1,9 @@
 """The dropout modules of a model turned into ours and back."""
 
+import inspect
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -80,14 +82,15 @@ class DropoutSummary(list[SummaryRow]):
 
 def dropout_summary(model: nn.Module) -> DropoutSummary:
     """The modules of `model` that drop: what is ours already ("converted"), what `convert` would
-    turn into ours ("to convert"), what it leaves ("left"), and why.
+    turn into ours ("to convert"), what it leaves ("left"), and why. Modules that skip their layers
+    by chance (LayerDrop) are among the last, by their attribute or configuration `layerdrop`.
 
     Functional calls in a model's own code cannot be listed. `print` shows a table.
     """
     rows = DropoutSummary()
     _modules("dropout_summary", model)
     for name, module in model.named_modules():
-        p = getattr(module, "p", getattr(module, "drop_prob", None))
+        p = None
         if isinstance(module, _ALL_OURS):
             state, reason = "converted", ""
         elif type(module) in _OURS:
@@ -100,8 +103,12 @@ def dropout_summary(model: nn.Module) -> DropoutSummary:
             state, reason = "left", _INSIDE[isinstance(module, nn.RNNBase)]
         elif is_dropout(module):
             state, reason = "left", _obstacle(module) or _foreign(module)
+        elif p := _layer_drop(module):
+            state, reason = "left", "skips whole layers by a draw of its own, not elements"
         else:
             continue
+        if p is None:
+            p = _read(module, "p", "drop_prob")
         rows.append(SummaryRow(name, type(module).__name__, p, state, reason))
     return rows
 
@@ -116,21 +123,62 @@ def is_dropout(module: nn.Module) -> bool:
     """Whether a module drops when it trains, by its class or, for classes of other libraries, its
     name.
     """
-    name = getattr(module, "original_name", type(module).__name__).lower()
     return isinstance(module, (_DropoutNd, modules.DropPath)) or any(
-        part in name for part in ("dropout", "droppath", "stochasticdepth")
+        part in _class_name(module) for part in ("dropout", *_OWN_DRAWS)
     )
+
+
+# Parts of the names of modules that draw by torch.rand or Tensor.bernoulli_, which convert cannot
+# replace and override does not see, and what is to be said of them.
+_PATH = "draws by itself, out of reach: dropout_ext.DropPath does the same"
+_OWN_DRAWS = {
+    "droppath": _PATH,
+    "stochasticdepth": _PATH,
+    "dropblock": "drops blocks of neighbours by a draw of its own, which nothing here does",
+    "layerdrop": "skips whole layers by a draw of its own, not elements",
+}
+
+
+def _class_name(module: nn.Module) -> str:
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return str(module.original_name if scripted else type(module).__name__).lower()
+
+
+def _read(holder, *names: str) -> float | None:
+    for name in names:
+        try:
+            return getattr(holder, name)
+        except Exception:  # a property may raise anything
+            continue
+    return None
+
+
+def _layer_drop(module: nn.Module) -> float | None:
+    """The probability with which encoders and decoders of transformers skip a layer."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    holder = module
+    if "layerdrop" not in vars(module):
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        if code is None or "layerdrop" not in code.co_names:
+            return None
+        holder = _read(module, "config")
+    p = _read(holder, "layerdrop")
+    return p if isinstance(p, float) else None
 
 
 def _foreign(module: nn.Module) -> str:
     for base in type(module).__mro__[1:]:
         if base in _OURS:
             return f"a subclass of nn.{base.__name__}, which may have its own ways"
+    for part, reason in _OWN_DRAWS.items():
+        if part in _class_name(module):
+            return reason
     return "not a module of torch.nn"
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    if hasattr(module, "original_name"):
+    if isinstance(module, torch.jit.ScriptModule):
         return "scripted: convert before torch.jit.script"
     if "forward" in vars(module):
         return "its instance has a forward of its own, which a new class would not change"

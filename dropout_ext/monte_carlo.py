@@ -38,7 +38,8 @@ def monte_carlo(
         )
     types = tuple(entry for entry in also if isinstance(entry, type))
     chosen = {id(entry) for entry in also}
-    modes = [(module, module.training) for module in model.modules()]
+    # A frozen ScriptModule has no mode: it is for ever in that of its freezing.
+    modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
     try:
         for module, _ in modes:
             module.training = (

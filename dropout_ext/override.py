@@ -1,10 +1,15 @@
 """Functional dropout calls of PyTorch routed to ours, without a change to the model."""
 
+import functools
 from types import FunctionType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+import torch.utils.checkpoint as checkpointing
+from torch import Tensor, overrides
+from torch._C._dynamo import eval_frame
+from torch._ops import HigherOrderOperator
+from torch.compiler import is_dynamo_compiling
 from torch.nn.parameter import Buffer, Parameter
 from torch.overrides import TorchFunctionMode
 
@@ -12,6 +17,22 @@ from . import functional
 from ._call import Call
 
 __all__ = ["override"]
+
+
+def _no_frame(function):
+    """Keeps Dynamo from compiling `function` by itself, as it may where it runs the caller in eager
+    mode. It still inlines it, and compiles what it calls.
+
+    The `__torch_function__` of a mode must not be compiled alone: Dynamo takes one Tensor method
+    that comes as its `func` for another (torch 2.11 to 2.14). `torch.compiler.disable` would
+    break the graph where it is inlined; importing `torch._dynamo` for its `skip_code`, which is
+    this, would take a second.
+    """
+    skip = eval_frame._FrameExecStrategy(
+        eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+    )
+    eval_frame.set_code_exec_strategy(function.__code__, skip)
+    return function
 
 
 class override(TorchFunctionMode):
@@ -28,17 +49,26 @@ class override(TorchFunctionMode):
     fused kernel accepts the call. Compiled calls on CUDA and calls on other devices keep PyTorch's
     attention.
 
+    Regions of `torch.utils.checkpoint` are run again by the same functions, wherever the backward
+    pass runs. Those of other libraries need the backward pass inside of the context too.
+
     Not reached: `nn.LSTM`, `nn.GRU` and `nn.RNN` with `dropout` > 0, and fused attention kernels,
     which drop inside C++; calls of `torch.ops.aten`; calls in code that was traced, scripted or
-    exported before.
+    exported before; in compiled code, functions of `torch.compiler.allow_in_graph` and the
+    functions that higher-order operators are given, other than checkpoint, `nested_compile_region`,
+    `cond`, `while_loop`, `map` and `scan`. `convert` reaches modules in all of them.
 
-    Take the backward pass inside too where activation checkpointing runs the forward again, or that
-    drops by PyTorch's masks. Inference runs better outside: under
-    any torch-function mode `nn.TransformerEncoderLayer` leaves its fast path.
+    Inference with `nn.TransformerEncoder`, its layers or `nn.MultiheadAttention` is better left
+    outside. They leave their fast path under any torch-function mode, as they do after
+    `torch.backends.mha.set_fastpath_enabled(False)`: a nested tensor is an error, padded positions
+    are not set to 0, and rows that are masked altogether have other values.
     """
 
+    @_no_frame
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling() and isinstance(func, HigherOrderOperator):
+            return _region(func, args, kwargs)
         route = _ROUTES.get(func)
         if route is None or not all(t in _PLAIN_TYPES for t in types):
             return func(*args, **kwargs)
@@ -271,8 +301,108 @@ _multi_head_attention = _copy(
     scaled_dot_product_attention=_attention,
 )
 
-# In these, checkpointed regions run again: by the same functions as the first time.
+
+# Backward passes: what they run of Python, hooks and recomputations, is under the mode too.
 _BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+
+
+@_no_frame
+def _inside(function, *args, **kwargs):
+    with override():
+        return function(*args, **kwargs)
+
+
+@_no_frame
+def _outside(function, *args, **kwargs):
+    modes = overrides._get_current_function_mode_stack()
+    if not any(isinstance(mode, override) for mode in modes):
+        return function(*args, **kwargs)
+    _replace_modes([mode for mode in modes if not isinstance(mode, override)])
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _replace_modes(modes)
+
+
+@_no_frame
+def _replace_modes(modes):
+    for _ in overrides._get_current_function_mode_stack():
+        overrides._pop_mode()
+    for mode in modes:
+        overrides._push_mode(mode)
+
+
+@_no_frame
+def _as_now(function):
+    """`function`, to be run later with override on or off as it is now."""
+    modes = overrides._get_current_function_mode_stack()
+    on = any(isinstance(mode, override) for mode in modes)
+    return functools.partial(_inside if on else _outside, function)
+
+
+def _carry_into_checkpoints() -> None:
+    """Has PyTorch's checkpoints keep override as they keep autocast and the default device: what
+    they run again in the backward pass drops as in the forward pass, wherever the backward pass
+    runs. They offer no hook for it. Left alone, reentrant ones give wrong gradients, others raise.
+    """
+    forward = checkpointing.CheckpointFunction.forward
+    initialise = checkpointing._CheckpointFrame.__init__
+
+    @functools.wraps(forward)
+    @_no_frame
+    def carrying_forward(ctx, run_function, *args):
+        return forward(ctx, _as_now(run_function), *args)
+
+    @functools.wraps(initialise)
+    @_no_frame
+    def carrying_initialise(self, recompute_fn, *args, **kwargs):
+        initialise(self, _as_now(recompute_fn), *args, **kwargs)
+
+    checkpointing.CheckpointFunction.forward = staticmethod(carrying_forward)
+    checkpointing._CheckpointFrame.__init__ = carrying_initialise
+
+
+_carry_into_checkpoints()
+
+
+def _region(operator, args, kwargs):
+    """A call of a higher-order operator while it is traced. Its functions are traced after the mode
+    has passed the call on, where they pass the mode by: so they enter it again.
+    """
+    places = ()
+    for kind, where in _REGIONS.items():
+        # Of these operators Dynamo knows the class alone in every version.
+        if isinstance(operator, kind):
+            places = where
+    if not is_dynamo_compiling() and isinstance(operator, (_CHECKPOINT, _NESTED_COMPILE_REGION)):
+        places = ()  # outside of Dynamo their functions are graphs, which they look into
+    if not places:
+        return operator(*args, **kwargs)
+    with override():
+        pass  # for Dynamo, a region may not be the first to touch the stack of modes
+    if isinstance(operator, _NESTED_COMPILE_REGION):  # takes no partial
+        return operator(_inside, *args, **kwargs)
+    args = list(args)
+    for n in places:
+        function = args[n]
+        # scan looks for its function among the keywords of the one that it is given
+        keywords = function.keywords if isinstance(function, functools.partial) else {}
+        args[n] = functools.partial(_inside, function, **keywords)
+    return operator(*args, **kwargs)
+
+
+_CHECKPOINT = type(torch.ops.higher_order.tag_activation_checkpoint)
+_NESTED_COMPILE_REGION = type(torch.ops.higher_order.invoke_subgraph)
+
+# Where the functions are that a higher-order operator calls.
+_REGIONS = {
+    _CHECKPOINT: (0,),
+    _NESTED_COMPILE_REGION: (0,),
+    type(torch.ops.higher_order.cond): (1, 2),
+    type(torch.ops.higher_order.while_loop): (0, 1),
+    type(torch.ops.higher_order.map_impl): (0,),
+    type(torch.ops.higher_order.scan): (0,),
+}
 
 _ROUTES = {
     F.dropout: functional.dropout,

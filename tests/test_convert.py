@@ -1,7 +1,9 @@
 """convert, revert and dropout_summary."""
 
 import copy
+import functools
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,7 +164,7 @@ def test_summary():
     for name, word in {
         "plain": "",
         "odd": "subclass of nn.Dropout",
-        "depth": "not a module of torch.nn",
+        "depth": "dropout_ext.DropPath",
         "lstm": "C++",
         "attention": "override()",
         "scripted": "scripted",
@@ -176,6 +178,135 @@ def test_summary():
     assert "out of reach" in str(summary)
     assert str(dropout_ext.dropout_summary(nn.Linear(2, 2))) == "no dropout modules"
     assert "(model)" in str(dropout_ext.dropout_summary(nn.Dropout()))
+
+
+class SwinDropPath(nn.Module):
+    drop_prob = 0.1
+
+
+class DropBlock2d(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop_prob = 0.2
+
+
+class LayerDropModuleList(nn.ModuleList):
+    p = 0.3
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        return function(*args)
+
+    return wrapper
+
+
+class Decoder(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.layerdrop = p
+
+
+class Configured(nn.Module):
+    """Reads the probability in its forward, which a decorator hides."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    @decorated
+    def forward(self, x):
+        return x if torch.rand([]) < self.config.layerdrop else x + 1
+
+
+class Parent(nn.Module):
+    """Has the configuration, and leaves it to others."""
+
+    config = SimpleNamespace(layerdrop=0.5)
+
+
+def test_summary_of_draws_out_of_reach():
+    model = nn.ModuleDict(
+        {
+            "path": SwinDropPath(),
+            "block": DropBlock2d(),
+            "list": LayerDropModuleList(),
+            "decoder": Decoder(0.4),
+            "dry decoder": Decoder(0.0),
+            "encoder": Configured(SimpleNamespace(layerdrop=0.5)),
+            "dry encoder": Configured(SimpleNamespace(layerdrop=0.0)),
+            "unknown": Configured(None),
+            "parent": Parent(),
+        }
+    )
+    summary = dropout_ext.dropout_summary(model)
+    assert [(row.name, row.p, row.state) for row in summary] == [
+        ("path", 0.1, "left"),
+        ("block", 0.2, "left"),
+        ("list", 0.3, "left"),
+        ("decoder", 0.4, "left"),
+        ("encoder", 0.5, "left"),
+    ]
+    words = ("dropout_ext.DropPath", "blocks", "whole layers", "whole layers", "whole layers")
+    assert all(word in row.reason for word, row in zip(words, summary, strict=True))
+
+
+def test_summary_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 8, "vocab_size": 8, "num_hidden_layers": 1}
+    model = transformers.WhisperModel(
+        transformers.WhisperConfig(
+            **sizes,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=1,
+            decoder_attention_heads=1,
+            encoder_layerdrop=0.2,
+            pad_token_id=0,
+        )
+    )
+    (row,) = dropout_ext.dropout_summary(model)
+    assert (row.name, row.p, row.state) == ("encoder", 0.2, "left")
+
+
+def odd_modules():
+    class Named(nn.Module):
+        original_name = None
+
+    class Raising(nn.Dropout):
+        p = property(lambda self: 1 / 0, lambda self, value: None)
+
+    class NotDropping(nn.Module):
+        p = property(lambda self: 1 / 0)
+
+    frozen = [
+        torch.jit.freeze(torch.jit.script(module.eval()))
+        for module in (nn.Dropout(0.7), nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.7)))
+    ]
+    return nn.ModuleList([Named(), Raising(), NotDropping(), *frozen, nn.Dropout(0.1)])
+
+
+def test_odd_modules():
+    model = odd_modules()
+    summary = dropout_ext.dropout_summary(model)
+    assert [(row.name, row.p, row.state) for row in summary] == [
+        ("1", None, "left"),
+        ("3", 0.7, "left"),
+        ("5", 0.1, "to convert"),
+    ]
+    assert "subclass of nn.Dropout" in summary[0].reason
+    assert "scripted" in summary[1].reason
+    with dropout_ext.monte_carlo(model.eval()):
+        modes = [module.training for module in model if hasattr(module, "training")]
+        assert modes == [False, True, False, True]
+    assert not any(module.training for module in model if hasattr(module, "training"))
+    for change in (dropout_ext.convert, dropout_ext.revert):
+        assert change(model) is model
+    for module in model:
+        assert len(dropout_ext.dropout_summary(module)) <= 1
+        with dropout_ext.monte_carlo(module):
+            pass
 
 
 @pytest.mark.parametrize("function", ["convert", "revert", "dropout_summary"])

@@ -1,5 +1,6 @@
 """override: functional calls of PyTorch that run ours."""
 
+import contextlib
 import itertools
 import threading
 
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import dropout_ext
+from benchmarks.zoo import MODELS, SMALL
 from dropout_ext import _reference as reference
 from dropout_ext import override
 
@@ -511,14 +513,100 @@ def test_checkpoint(reentrant):
     def by_grad(y, x):
         return torch.autograd.grad(y, x)[0]
 
-    for way in (by_method, by_backward) if reentrant else (by_method, by_backward, by_grad):
+    def mode(on):
+        return override() if on else contextlib.nullcontext()
+
+    ways = (by_method, by_backward) if reentrant else (by_method, by_backward, by_grad)
+    for way, forward, backward in itertools.product(ways, (False, True), (False, True)):
         grads = []
         for function in (f, recomputed):
             x = random_tensor((6, 40)).requires_grad_()
             torch.manual_seed(2)
-            with override():
-                grads.append(way(function(x).sum(), x))
+            with mode(forward):
+                y = function(x).sum()
+            torch.rand(3)
+            with mode(backward):
+                grads.append(way(y, x))
         assert_same_bits(*grads)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_without_its_checks(reentrant):
+    """determinism_check="none", early_stop and a mode of one's own change nothing."""
+    weight = random_tensor((40, 40))
+
+    def f(x):
+        with torch.device("cpu"):
+            return F.dropout(F.dropout(x @ weight, P).sin(), P)
+
+    kwargs = {} if reentrant else {"determinism_check": "none", "early_stop": False}
+    grads = []
+    for function in (f, lambda x: checkpoint(f, x, use_reentrant=reentrant, **kwargs)):
+        x = random_tensor((6, 40)).requires_grad_()
+        torch.manual_seed(2)
+        with torch.device("cpu"), override():
+            y = function(x).sum()
+        with torch.device("cpu"):
+            y.backward()
+            assert torch.overrides._len_torch_function_stack() == 1
+        grads.append(x.grad)
+    assert_same_bits(*grads)
+
+
+def test_backward_inside_reaches_what_it_runs():
+    """Hooks, and checkpoints of other libraries."""
+    x = random_tensor((6, 40)).requires_grad_()
+    x.register_hook(lambda grad: F.dropout(torch.ones_like(grad), P))
+    with override(), Operators() as operators:
+        x.sin().sum().backward()
+    assert operators.who == "ours"
+
+
+def eval_outcome(call):
+    try:
+        return call()
+    except AssertionError as error:
+        return str(error).split("fast path")[0]
+
+
+@pytest.mark.parametrize("case", ["plain", "padded", "nested", "fully masked", "attention"])
+def test_eval_is_that_without_the_fast_path(case):
+    """Which PyTorch leaves under any mode. With gradients it is left anyway, and equal."""
+    model = nn.TransformerEncoder(encoder().layers[0], 2).eval()
+    x = random_tensor((3, 5, 8))
+    padding = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]) > 0
+    if case == "fully masked":
+        padding[0] = True
+    calls = {
+        "plain": lambda: model(x),
+        "nested": lambda: model.layers[0](torch.nested.nested_tensor([x[0], x[1, :3]])),
+        "attention": lambda: model.layers[0].self_attn(x, x, x, key_padding_mask=padding)[0],
+    }
+    call = calls.get(case, lambda: model(x, src_key_padding_mask=padding))
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                expected = eval_outcome(call)
+            finally:
+                torch.backends.mha.set_fastpath_enabled(enabled)
+            with override():
+                actual = eval_outcome(call)
+        if isinstance(expected, str):
+            assert case == "nested"
+            assert actual == expected
+        else:
+            assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["BERT, sdpa", "GPT-2, sdpa"])
+def test_eval_of_transformers(name):
+    model, inputs = MODELS[name].build(P, SMALL).eval(), MODELS[name].batch(SMALL, 0)[0]
+    with torch.no_grad():
+        expected = model(inputs)
+        with override():
+            assert_same_bits(model(inputs), expected)
 
 
 @pytest.mark.parametrize("where", ["outside", "inside"])
