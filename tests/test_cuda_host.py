@@ -34,7 +34,7 @@ def test_every_path_under_sanitizers(tmp_path):
     exe = compile_native(tmp_path / "test", [TEST], [*SANITIZED, *FLAGS])
     groups = [
         ["sizes", "alignments"],
-        ["offsets", "geometry", "family", "random_maps", "slices"],
+        ["offsets", "geometry", "family", "random_maps", "many_dims", "slices"],
         ["far_apart", "divisions", "keys", "launches"],
     ]
     with ThreadPoolExecutor(2) as pool:
@@ -90,6 +90,7 @@ FAULTS = {
         "far_apart",
     ),
     "loop that skips": ("begin += step)", "begin += 2 * step)", "geometry"),
+    "dimensions left out": ("d < count; ++d", "d < count && d < kFewDims; ++d", "many_dims"),
     "division off by one": (
         "quotient = (__umul64hi(n, magic) + n) >> divisor.shift;",
         "quotient = __umul64hi(n, magic) >> divisor.shift;",

@@ -414,33 +414,37 @@ struct Position {
   }
 };
 
+// Positions of 32 bits go with few dimensions: the common case, in half a kilobyte of launch
+// arguments. Whatever exceeds one or the other takes the 64-bit kernel, with three.
+constexpr int kFewDims = 8;
+
 // Dimensions around the innermost one (rows) or around the two that a thread walks (strided), from
 // the innermost outwards.
+template <typename Index>
 struct OuterDims {
   int count;
-  OuterDim dims[kMaxDims];
+  OuterDim dims[sizeof(Index) == 4 ? kFewDims : kMaxDims];
 
-  template <typename Index>
   __device__ __forceinline__ void locate(Index n, Position& position) const {
     for (int d = 0; d < count; ++d) position.add(dims[d], split(n, dims[d].size));
   }
 };
 
-template <typename T>
+template <typename T, typename Index>
 struct RowsParams {
   Common<T> common;
   uint64_t items;  // rows times blocks per row, one for each thread
   Divisor blocks;  // per row, with room for rows that do not begin at a block
   int64_t length, in_stride, out_stride;
   bool one_decision;  // the row shares one keep decision (mask stride 0)
-  OuterDims outer;
+  OuterDims<Index> outer;
 };
 
 // A thread owns eight elements of a row: a block of the element index, or, where the row shares one
 // decision, eight that begin at a chunk of the output's memory.
 template <typename T, bool kVector, typename Index>
 __global__ void __launch_bounds__(kMaxThreads, 2)
-    rows_kernel(const __grid_constant__ RowsParams<T> p) {
+    rows_kernel(const __grid_constant__ RowsParams<T, Index> p) {
   constexpr int kFull = 16 / static_cast<int>(sizeof(T));
   constexpr int V = kVector ? (kFull < kBlock ? kFull : kBlock) : 1;
   constexpr int kChunks = kBlock / V;
@@ -529,7 +533,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   }
 }
 
-template <typename T>
+template <typename T, typename Index>
 struct StridedParams {
   Common<T> common;
   uint64_t items;   // threads' worth of work
@@ -537,12 +541,12 @@ struct StridedParams {
   OuterDim walked;  // size: runs of `windows` windows; strides of one element. Mask stride 1
   int64_t length;   // of the walked dimension
   int windows;      // per run
-  OuterDims outer;
+  OuterDims<Index> outer;
 };
 
 template <typename T, typename Index>
 __global__ void __launch_bounds__(kMaxThreads, 2)
-    strided_kernel(const __grid_constant__ StridedParams<T> p) {
+    strided_kernel(const __grid_constant__ StridedParams<T, Index> p) {
   const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
   for (int64_t slice = blockIdx.y; slice < p.common.slices; slice += gridDim.y) {
     const Key key = p.common.keys.of(slice);
@@ -645,19 +649,35 @@ Divisor divisor(uint64_t size, bool wide) {
   return {size, quotient + 1, shift};
 }
 
-OuterDim outer_dim(const Dim& dim, bool wide) {
-  return {divisor(static_cast<uint64_t>(dim.size), wide), dim.in_stride, dim.out_stride,
-          dim.mask_stride};
+template <typename Index>
+Divisor divisor_of(int64_t size) {
+  return divisor(static_cast<uint64_t>(size), sizeof(Index) == 8);
+}
+
+template <typename Index>
+OuterDim outer_dim(const Dim& dim) {
+  return {divisor_of<Index>(dim.size), dim.in_stride, dim.out_stride, dim.mask_stride};
 }
 
 // All of `map` but the dimensions `skip` and `skip2`.
-OuterDims outer_dims(const IndexMap& map, bool wide, int skip, int skip2) {
-  OuterDims outer;
+template <typename Index>
+OuterDims<Index> outer_dims(const IndexMap& map, int skip, int skip2) {
+  OuterDims<Index> outer;
   outer.count = 0;
   for (int d = map.ndim - 1; d >= 0; --d) {
-    if (d != skip && d != skip2) outer.dims[outer.count++] = outer_dim(map.dims[d], wide);
+    if (d != skip && d != skip2) outer.dims[outer.count++] = outer_dim<Index>(map.dims[d]);
   }
   return outer;
+}
+
+// Calls `launch` with the type of positions that `items` of them in `dims` outer dimensions need.
+template <typename Function>
+void with_positions(const Geometry& geometry, int64_t items, int dims, Function launch) {
+  if (geometry.wide || items >> 31 != 0 || dims > kFewDims) {
+    launch(uint64_t{});
+  } else {
+    launch(uint32_t{});
+  }
 }
 
 template <typename T>
@@ -761,24 +781,20 @@ void launch_rows(const ApplyArgs& args, const KeySource& keys, const Geometry& g
   const int64_t blocks = ceil_div(inner.size + static_cast<int64_t>(before), kBlock);
 
   const int64_t items = map.numel() / inner.size * blocks;
-  const bool wide = geometry.wide || items >> 31 != 0;
-  RowsParams<T> params{common<T>(args, keys),
-                       static_cast<uint64_t>(items),
-                       divisor(static_cast<uint64_t>(blocks), wide),
-                       inner.size,
-                       inner.in_stride,
-                       inner.out_stride,
-                       one_decision,
-                       outer_dims(map, wide, map.ndim - 1, -1)};
-  auto launch = [&](auto kernel) {
+  with_positions(geometry, items, map.ndim - 1, [&](auto position) {
+    using Index = decltype(position);
+    const RowsParams<T, Index> params{common<T>(args, keys),
+                                      static_cast<uint64_t>(items),
+                                      divisor_of<Index>(blocks),
+                                      inner.size,
+                                      inner.in_stride,
+                                      inner.out_stride,
+                                      one_decision,
+                                      outer_dims<Index>(map, map.ndim - 1, -1)};
+    auto* kernel = vector ? rows_kernel<T, true, Index> : rows_kernel<T, false, Index>;
     const Launch shape(geometry, items, 1, args.slices);
     DROPOUT_EXT_LAUNCH(kernel, shape.grid, shape.threads, stream, params);
-  };
-  if (vector) {
-    wide ? launch(rows_kernel<T, true, uint64_t>) : launch(rows_kernel<T, true, uint32_t>);
-  } else {
-    wide ? launch(rows_kernel<T, false, uint64_t>) : launch(rows_kernel<T, false, uint32_t>);
-  }
+  });
 }
 
 template <typename T>
@@ -800,19 +816,19 @@ void launch_strided(const ApplyArgs& args, const KeySource& keys, const Geometry
   const int64_t length = dim.size;
   dim.size = ceil_div(length, windows * kBlock);
   const int64_t items = map.numel() / length * dim.size;
-  const bool wide = geometry.wide || items >> 31 != 0;
-  StridedParams<T> params{common<T>(args, keys),
-                          static_cast<uint64_t>(items),
-                          outer_dim(map.dims[inner], wide),
-                          outer_dim(dim, wide),
-                          length,
-                          windows,
-                          outer_dims(map, wide, inner, walked)};
-  auto launch = [&](auto kernel) {
+  with_positions(geometry, items, walked < 0 ? inner : inner - 1, [&](auto position) {
+    using Index = decltype(position);
+    const StridedParams<T, Index> params{common<T>(args, keys),
+                                         static_cast<uint64_t>(items),
+                                         outer_dim<Index>(map.dims[inner]),
+                                         outer_dim<Index>(dim),
+                                         length,
+                                         windows,
+                                         outer_dims<Index>(map, inner, walked)};
+    auto* kernel = strided_kernel<T, Index>;
     const Launch shape(geometry, items, 1, args.slices);
     DROPOUT_EXT_LAUNCH(kernel, shape.grid, shape.threads, stream, params);
-  };
-  wide ? launch(strided_kernel<T, uint64_t>) : launch(strided_kernel<T, uint32_t>);
+  });
 }
 
 template <typename T>

@@ -420,6 +420,29 @@ void family() {
   }
 }
 
+// As many dimensions as 32-bit positions have room for, and more. None merges with its neighbour.
+void many_dims() {
+  for (const Dtype dtype : kDtypes) {
+    for (const int outer : {7, 8, 9, 10}) {
+      const auto around = [&](std::vector<Dim> inner, int64_t stride) {
+        Call call = flat(dtype, 1);
+        call.mask_offset = some_offset();
+        std::vector<Dim> dims;
+        for (int d = 0; d < outer; ++d) {
+          dims.insert(dims.begin(), {2, stride, stride, rng() | 1});
+          stride = 2 * stride + 8;
+        }
+        dims.insert(dims.end(), inner.begin(), inner.end());
+        call.dims = dims;
+        check(call);
+      };
+      around({{19, 1, 1, 1}}, 24);                     // rows
+      around({{3, 1, 1, 1000}}, 4);                    // columns
+      around({{9, 5, 5, 1}, {5, 1, 1, 1000003}}, 45);  // columns with a dimension to walk
+    }
+  }
+}
+
 // Dimensions, strides and keys at random.
 void random_maps() {
   for (int round = 0; round < 2500; ++round) {
@@ -605,10 +628,12 @@ struct Group {
   void (*run)();
 };
 constexpr Group kGroups[] = {
-    {"sizes", sizes},       {"alignments", alignments}, {"offsets", offsets},
-    {"geometry", geometry}, {"family", family},         {"random_maps", random_maps},
-    {"slices", slices},     {"far_apart", far_apart},   {"divisions", divisions},
-    {"keys", keys},         {"launches", launches},
+    {"sizes", sizes},         {"alignments", alignments},
+    {"offsets", offsets},     {"geometry", geometry},
+    {"family", family},       {"random_maps", random_maps},
+    {"many_dims", many_dims}, {"slices", slices},
+    {"far_apart", far_apart}, {"divisions", divisions},
+    {"keys", keys},           {"launches", launches},
 };
 
 }  // namespace
