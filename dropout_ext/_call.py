@@ -37,7 +37,7 @@ def run(input: Tensor, call: Call) -> Tensor:
     check_probability(call.p)
     if not call.training or call.p == 0:
         return input
-    call = call._replace(mask_offset=_geometry.wrap(call.mask_offset))
+    call = call._replace(mask_offset=_geometry.wrap_offset(call.mask_offset))
     if input.is_nested:
         from . import _nested
 

@@ -15,6 +15,16 @@ def wrap(index: int) -> int:
     return (index + 2**63) % 2**64 - 2**63 if type(index) is int else index
 
 
+def wrap_offset(mask_offset: int) -> int:
+    """The argument `mask_offset`, wrapped; TypeError if it is no integer."""
+    try:
+        return wrap(_int(mask_offset))
+    except Exception:
+        raise TypeError(
+            f"dropout(): argument 'mask_offset' must be int, not {type(mask_offset).__name__}"
+        ) from None
+
+
 def mask_strides(
     shape: Sequence[int],
     broadcast_dims: Iterable[int] | None = None,

@@ -573,7 +573,9 @@ def keep_mask(
         strides = _geometry.row_major(shape)
     if device is not None:
         device = torch.device(device)
-    return _ops.ops.keep_mask(key, p, shape, strides, _geometry.wrap(mask_offset), device=device)
+    return _ops.ops.keep_mask(
+        key, p, shape, strides, _geometry.wrap_offset(mask_offset), device=device
+    )
 
 
 def _deprecated(name: str, dim: int, spatial: int, accepted: str) -> str:
