@@ -18,7 +18,7 @@ CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name
 CUDA_BUILD_TESTS = $(foreach t,contract operator keys module family errors layouts functorch autograd \
   checkpoint compile seeds modes amp interop monte_carlo distributed,tests/test_$(t).py)
 # What calls the extension in every way, in minutes.
-SANITIZE_TESTS = $(foreach t,operator layouts errors keys fuzz inplace,tests/test_$(t).py)
+SANITIZE_TESTS = $(foreach t,operator layouts errors keys fuzz,tests/test_$(t).py)
 # What reads other files than the package and the tests.
 DIST_TESTS = $(foreach t,contract cuda_static docs,tests/test_$(t).py)
 QUICK_FLAG = $(if $(filter-out 0,$(QUICK)),--quick)
