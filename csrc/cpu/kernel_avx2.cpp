@@ -7,7 +7,6 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../epilogue/scalar.h"
 #include "half.h"
 #include "philox_schedule.h"
 

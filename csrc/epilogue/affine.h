@@ -1,7 +1,9 @@
-// keep ? fma(x, scale, bias) : dropped.
+// keep ? fma(x, scale, bias) : dropped, of a vector V with splat, fma, select and mul_or_zero,
+// which are found by argument-dependent lookup (csrc/cpu/simd_*.h). Included under the target
+// attribute of an instruction set: outside of it, nothing could be inlined.
 #pragma once
 
-#include "scalar.h"
+#include "epilogue.h"
 
 namespace dropout_ext {
 
