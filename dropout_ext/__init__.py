@@ -10,7 +10,9 @@ except ImportError as error:
     raise explain(error) from None
 
 from . import functional
-from .convert import convert, dropout_summary, revert
+from ._convert import convert, dropout_summary, revert
+from ._monte_carlo import monte_carlo, predict
+from ._override import override
 from .functional import dropout, keep_mask
 from .keys import fold_in, key, split
 from .modules import (
@@ -23,8 +25,6 @@ from .modules import (
     FeatureAlphaDropout,
     LockedDropout,
 )
-from .monte_carlo import monte_carlo
-from .override import override
 
 build_info = _C.build_info
 __version__ = build_info()["version"]
@@ -48,6 +48,7 @@ __all__ = [
     "key",
     "monte_carlo",
     "override",
+    "predict",
     "revert",
     "split",
 ]

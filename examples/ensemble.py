@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import dropout_ext
-from dropout_ext.monte_carlo import predict
+from dropout_ext import predict
 from examples.common import digits, fit, interval, mlp, report, save, verdict
 
 SEEDS, EPOCHS, SAMPLES, BINS = 8, 60, 100, 10

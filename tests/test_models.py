@@ -70,7 +70,7 @@ def test_monte_carlo_of_transformers(name):
     """Attention drops by the flag of its module, which `also` keeps on."""
     model = build(name).eval()
     ids, _ = tokens(SMALL, 0)
-    mean, std = dropout_ext.monte_carlo.predict(model, ids, 4, dropout_ext.key(0))
+    mean, std = dropout_ext.predict(model, ids, 4, dropout_ext.key(0))
     assert mean.shape == std.shape == (*ids.shape, SMALL.vocabulary)
     assert (std > 0).float().mean() > 0.95
     attention = {m.__class__ for m in model.modules() if "Attention" in type(m).__name__}

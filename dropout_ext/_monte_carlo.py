@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import keys
-from .convert import is_dropout
+from ._convert import is_dropout
 
 __all__ = ["monte_carlo", "predict"]
 
@@ -177,8 +177,3 @@ def _seed(key: Tensor) -> int:
 
 def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-# dropout_ext.monte_carlo names the function and this module.
-monte_carlo.monte_carlo = monte_carlo
-monte_carlo.predict = predict
