@@ -14,6 +14,16 @@ from ._convert import convert, dropout_summary, revert
 from ._monte_carlo import monte_carlo, predict
 from ._override import override
 from .functional import dropout, keep_mask
+from .fused import (
+    ActivationDropout,
+    DropoutAdd,
+    DropoutAddLayerNorm,
+    DropoutAddRMSNorm,
+    activation_dropout,
+    dropout_add,
+    dropout_add_layer_norm,
+    dropout_add_rms_norm,
+)
 from .keys import fold_in, key, split
 from .modules import (
     AlphaDropout,
@@ -30,17 +40,25 @@ build_info = _C.build_info
 __version__ = build_info()["version"]
 
 __all__ = [
+    "ActivationDropout",
     "AlphaDropout",
     "DropPath",
     "Dropout",
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "DropoutAdd",
+    "DropoutAddLayerNorm",
+    "DropoutAddRMSNorm",
     "FeatureAlphaDropout",
     "LockedDropout",
+    "activation_dropout",
     "build_info",
     "convert",
     "dropout",
+    "dropout_add",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
     "dropout_summary",
     "fold_in",
     "functional",

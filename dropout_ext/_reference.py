@@ -216,6 +216,225 @@ def fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return torch.where(torch.isfinite(x) & (exact != 0), exact, plain)
 
 
+def add(
+    input: Tensor,
+    residual: Tensor | None,
+    input_bias: Tensor | None,
+    colscale: Tensor | None,
+    rowscale: Tensor | None,
+    key: Tensor | None,
+    p: float,
+    scale: float,
+    mask_strides: Sequence[int],
+    mask_offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """fma(keep ? t : 0, scale, residual), t = (input + input_bias) * colscale * rowscale; no key
+    keeps everything, unscaled.
+    """
+    compute = _compute_dtype(dtype)
+    t = input.to(compute)
+    if input_bias is not None or colscale is not None or rowscale is not None:
+        t = t + (-0.0 if input_bias is None else input_bias.to(compute))
+        t = t * (1 if colscale is None else colscale.to(compute))
+        t = t * (1 if rowscale is None else _per_row(rowscale, t).to(compute))
+    if key is None:
+        scale = 1.0
+    else:
+        keep = keep_mask(key, p, input.shape, mask_strides, mask_offset, device=input.device)
+        t = torch.where(keep, t, _scalar(0, t))
+    other = _scalar(-0.0, t) if residual is None else residual.to(compute)
+    return fma(t, _scalar(scale, t), other.expand_as(t)).to(dtype)
+
+
+def _per_row(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.view(*rows.shape, *[1] * (like.dim() - rows.dim()))
+
+
+def _centered(total: Tensor, norm_dims: int, rms: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum less its mean, the mean, and the mean square of the first, of every row."""
+    x = total.to(_compute_dtype(total.dtype))
+    dims = tuple(range(-norm_dims, 0))
+    mean = torch.zeros_like(x.mean(dims, keepdim=True)) if rms else x.mean(dims, keepdim=True)
+    return x - mean, mean, (x - mean).square().mean(dims, keepdim=True)
+
+
+def add_norm(
+    input, residual, input_bias, colscale, rowscale, key, p, scale, mask_strides, mask_offset,
+    norm_dims, weight, bias, eps, rms, sum_dtype, dtype,
+):  # fmt: skip
+    """`add`, and its norm over the last dimensions: (norm, sum, mean, 1 / deviation)."""
+    total = add(
+        input, residual, input_bias, colscale, rowscale, key, p, scale, mask_strides, mask_offset,
+        sum_dtype,
+    )  # fmt: skip
+    x, mean, square = _centered(total, norm_dims, rms)
+    rstd = (square + eps).rsqrt()
+    out = x * rstd
+    if weight is not None:
+        out = out * weight
+    if bias is not None:
+        out = out + bias
+    rows = input.shape[: input.dim() - norm_dims]
+    mean = mean.new_empty(0) if rms else mean.reshape(rows)
+    return out.to(dtype), total, mean, rstd.reshape(rows)
+
+
+def add_norm_backward(
+    grad_out, grad_sum, total, mean, rstd, weight, key, p, scale, mask_strides, mask_offset,
+    norm_dims, rms, wanted,
+):  # fmt: skip
+    """Gradients of sum, input, weight and bias; without elements where not wanted."""
+    x = total.to(rstd.dtype)
+    if not rms:
+        x = x - _per_row(mean, x)
+    x = x * _per_row(rstd, x)
+    grad = grad_out.to(x.dtype)
+    g = grad if weight is None else grad * weight
+    columns = tuple(range(-norm_dims, 0))
+    rows = tuple(range(total.dim() - norm_dims))
+    to_sum = g - x * (g * x).mean(columns, keepdim=True)
+    if not rms:
+        to_sum = to_sum - g.mean(columns, keepdim=True)
+    to_sum = to_sum * _per_row(rstd, x)
+    if grad_sum is not None:
+        to_sum = to_sum + grad_sum
+    to_input = to_sum
+    if key is not None:
+        to_input = apply(to_sum, key, p, scale, mask_strides, mask_offset)
+    results = (
+        to_sum.to(total.dtype),
+        to_input.to(grad_out.dtype),
+        (grad * x).sum(rows) if rows else grad * x,
+        grad.sum(rows) if rows else grad.clone(),
+    )
+    return tuple(
+        result if want else result.new_empty(0)
+        for result, want in zip(results, wanted, strict=True)
+    )
+
+
+# Activations: csrc/epilogue/activation.h, operation by operation.
+
+
+def _polynomial(x: Tensor, *coefficients: str) -> Tensor:
+    """By Horner's rule; the coefficients in hexadecimal."""
+    *rest, last = (_scalar(float.fromhex(c), x) for c in coefficients)
+    total = last.expand_as(x)
+    for c in reversed(rest):
+        total = fma(total, x, c.expand_as(x))
+    return total
+
+
+def _exp2(u: Tensor) -> Tensor:
+    integer = u + _scalar(1.5 * 2**23, u)
+    fraction = u - (integer - _scalar(1.5 * 2**23, u))
+    mantissa = _polynomial(
+        fraction, "0x1p+0", "0x1.62e43p-1", "0x1.ebfbdcp-3", "0x1.c6aee8p-5", "0x1.3b2d4cp-7",
+        "0x1.5f3e52p-10", "0x1.41fbbcp-13",
+    )  # fmt: skip
+    return (mantissa.view(torch.int32) + (integer.view(torch.int32) << 23)).view(torch.float32)
+
+
+def _normal_tail(t: Tensor) -> Tensor:
+    return _exp2(
+        _polynomial(
+            t,
+            "-0x1p+0",
+            "-0x1.26aedep+0",
+            "-0x1.d63c16p-2",
+            "-0x1.adb0a4p-5",
+            "0x1.c7623ap-8",
+            "0x1.7672fp-17",
+            "-0x1.319e6cp-12",
+            "0x1.56fc26p-14",
+            "-0x1.98abb2p-17",
+            "0x1.0a863ep-20",
+            "-0x1.26ed5ap-25",
+        )
+    )
+
+
+def _one_plus_exp2(u: Tensor) -> Tensor:
+    bounded = torch.where(u < -126, _scalar(-126, u), torch.where(u > 128, _scalar(128, u), u))
+    return 1 + _exp2(bounded)
+
+
+def _magnitude(x: Tensor) -> Tensor:
+    return torch.where(x.abs() > 9, _scalar(9, x), x.abs())
+
+
+def _rectified(x: Tensor) -> Tensor:
+    return torch.where(x < 0, _scalar(0, x), x)
+
+
+def _hex(value: str, like: Tensor) -> Tensor:
+    return _scalar(float.fromhex(value), like)
+
+
+def _sigmoid_exponent(x: Tensor, function: int) -> Tensor:
+    """u, where the activation is x / (1 + 2^u)."""
+    if function == 2:
+        return x * _hex("-0x1.715476p+0", x)
+    inner = fma(x * x, _hex("-0x1.a5a7dp-4", x), _hex("-0x1.26aec2p+1", x).expand_as(x))
+    return x * inner
+
+
+def _activated(x: Tensor, function: int) -> Tensor:
+    if function == 0:
+        t = _magnitude(x)
+        return fma(-t, _normal_tail(t), _rectified(x))
+    if function == 3:
+        return _rectified(x)
+    return x / _one_plus_exp2(_sigmoid_exponent(x, function))
+
+
+def _activation_gradient(grad: Tensor, x: Tensor, function: int) -> Tensor:
+    t = _magnitude(x)
+    if function == 0:
+        tail = _normal_tail(t)
+        cdf = torch.where(x < 0, tail, 1 - tail)
+        density = _hex("0x1.988454p-2", x) * _exp2(t * t * _hex("-0x1.715476p-1", x))
+        return grad * fma(torch.where(x < 0, -t, t), density, cdf)
+    if function == 3:
+        y = _rectified(x)
+        return torch.where(y > 0, grad, y)
+    sigmoid = 1 / _one_plus_exp2(_sigmoid_exponent(x, function))
+    slope = torch.ones_like(x)
+    if function == 1:
+        one = _hex("0x1.988454p+0", x).expand_as(x)
+        slope = fma(t * t, _hex("0x1.b6676cp-3", x), one)
+    return grad * fma(x * sigmoid * (1 - sigmoid), slope, sigmoid)
+
+
+def activation(
+    input: Tensor,
+    function: int,
+    key: Tensor,
+    p: float,
+    scale: float,
+    mask_strides: Sequence[int] = (),
+    mask_offset: int = 0,
+) -> Tensor:
+    """keep ? f(input) * scale : 0 in float32, rounded once."""
+    y = _activated(input.float(), function)
+    return apply(y, key, p, scale, mask_strides, mask_offset).to(input.dtype)
+
+
+def activation_backward(
+    grad: Tensor,
+    input: Tensor,
+    function: int,
+    key: Tensor,
+    p: float,
+    scale: float,
+    mask_strides: Sequence[int] = (),
+    mask_offset: int = 0,
+) -> Tensor:
+    y = _activation_gradient(grad.float(), input.float(), function)
+    return apply(y, key, p, scale, mask_strides, mask_offset).to(input.dtype)
+
+
 def fold_in(key: Tensor, n: int | Tensor) -> Tensor:
     """The key for step, rank or slice n: like `key`, or (*n.shape, 2) for a tensor n."""
     seed, offset = _seed_offset(key)

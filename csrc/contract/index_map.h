@@ -15,7 +15,8 @@ struct Dim {
   int64_t size;
   int64_t in_stride;  // in elements, as out_stride; 0 where the input is expanded
   int64_t out_stride;
-  uint64_t mask_stride;  // modulo 2^64; 0 along dimensions that share the mask
+  uint64_t mask_stride;    // modulo 2^64; 0 along dimensions that share the mask
+  int64_t in2_stride = 0;  // of the second input, where there is one
 };
 
 // Dimensions from the outermost to the innermost in the output's memory.
@@ -31,7 +32,7 @@ struct IndexMap {
   }
 };
 
-// Sorts the dimensions by the output's strides and merges neighbours that are one run in input,
+// Sorts the dimensions by the output's strides and merges neighbours that are one run in inputs,
 // output and mask alike. Changes no element's address or index. A single element becomes one
 // dimension of size 1.
 inline void normalize(IndexMap& map) {
@@ -53,14 +54,16 @@ inline void normalize(IndexMap& map) {
       Dim& outer = map.dims[merged - 1];
       if (outer.in_stride == dim.in_stride * dim.size &&
           outer.out_stride == dim.out_stride * dim.size &&
+          outer.in2_stride == dim.in2_stride * dim.size &&
           outer.mask_stride == dim.mask_stride * static_cast<uint64_t>(dim.size)) {
-        outer = {outer.size * dim.size, dim.in_stride, dim.out_stride, dim.mask_stride};
+        outer = {outer.size * dim.size, dim.in_stride, dim.out_stride, dim.mask_stride,
+                 dim.in2_stride};
         continue;
       }
     }
     map.dims[merged++] = dim;
   }
-  if (merged == 0) map.dims[merged++] = {1, 1, 1, 1};
+  if (merged == 0) map.dims[merged++] = {1, 1, 1, 1, 1};
   map.ndim = merged;
 }
 

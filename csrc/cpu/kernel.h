@@ -23,26 +23,32 @@ void keep_bits_one_by_one(uint64_t* bits, int64_t n, Key key, uint64_t index, ui
 
 inline constexpr uintptr_t kStreamAlignment = 64;
 
+struct RowKernels;
+
 struct Kernels {
   const char* name;
 
-  // out[j] = epilogue(in[j]) under the computed mask. `in` may be `out`.
-  using Run = void (*)(const void* in, void* out, int64_t n, const MaskRun& mask,
+  // out[j] = epilogue(in[j], in2[j]) under the computed mask. `in` may be `out`; `in2` is null
+  // where the epilogue has no second input.
+  using Run = void (*)(const void* in, const void* in2, void* out, int64_t n, const MaskRun& mask,
                        const EpilogueParams& params);
   // The same under stored keep bits: element j is bit j & 63 of bits[j >> 6].
-  using ApplyBits = void (*)(const void* in, void* out, int64_t n, const uint64_t* bits,
-                             const EpilogueParams& params);
+  using ApplyBits = void (*)(const void* in, const void* in2, void* out, int64_t n,
+                             const uint64_t* bits, const EpilogueParams& params);
   struct Of {
     Run run;
     ApplyBits apply_bits;
     // The same with stores past the caches, or null. `out` is aligned to kStreamAlignment and is
-    // not `in`, mask.index is a multiple of 8; `fence` comes after the last of them.
+    // no input, mask.index is a multiple of 8; `fence` comes after the last of them.
     Run run_streaming;
     ApplyBits apply_bits_streaming;
   };
 
   Of scale[4];   // by Dtype: float64, float32, float16, bfloat16
   Of affine[4];  // likewise
+  Of add[4];
+  Of activation[kActivations][4];  // none for float64
+  Of activation_backward[kActivations][4];
   Of keep_mask;  // of bool; reads no input
 
   // Keep bits of `rows` runs of n elements, row r from index mask.index + r * row_stride into
@@ -50,10 +56,18 @@ struct Kernels {
   void (*keep_bits)(uint64_t* bits, int64_t n, const MaskRun& mask, int64_t rows,
                     uint64_t row_stride, int64_t row_words);
   void (*fence)();
+  const RowKernels* rows;  // row_kernel.h
 
   const Of& of(Dtype dtype, Epilogue epilogue, const EpilogueParams& params) const {
-    if (epilogue == Epilogue::kKeepMask) return keep_mask;
-    return (params.is_scale() ? scale : affine)[static_cast<int>(dtype)];
+    const int type = static_cast<int>(dtype), activated = static_cast<int>(params.activation);
+    switch (epilogue) {
+      case Epilogue::kAffine: return (params.is_scale() ? scale : affine)[type];
+      case Epilogue::kKeepMask: return keep_mask;
+      case Epilogue::kAdd: return add[type];
+      case Epilogue::kActivation: return activation[activated][type];
+      case Epilogue::kActivationBackward: break;
+    }
+    return activation_backward[activated][type];
   }
 };
 

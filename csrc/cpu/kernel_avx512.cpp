@@ -4,11 +4,13 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
 #include "half.h"
 #include "philox_schedule.h"
+#include "row_kernel.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                    \
@@ -22,12 +24,18 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
+#include "../epilogue/activation.h"
+#include "../epilogue/add.h"
 #include "../epilogue/affine.h"
 
 namespace dropout_ext::cpu {
 namespace {
 namespace avx512 {
 #include "simd_avx512.h"
+//
+#include "keep_source.h"
+//
+#include "row_kernel_body.h"
 //
 #include "kernel_body.h"
 }  // namespace avx512

@@ -8,11 +8,6 @@
 //               n * 128 elements; kGroupsAtATime is the n that is fastest
 // No include guard on purpose.
 
-inline constexpr int kVector = 16;
-inline constexpr int kGroup = 128;
-inline constexpr int kVectors = kGroup / kVector;
-inline constexpr uintptr_t kPrefetchBytes = 2048;
-
 template <class Elem>
 struct ComputeOf {
   using type = F32;
@@ -31,9 +26,17 @@ struct BoolElem {
 template <template <class> class Epilogue, class Elem, bool streaming>
 struct Op {
   Epilogue<typename ComputeOf<Elem>::type> f;
+  static constexpr bool kHasIn2 =
+      requires(decltype(f) e, Keep keep, const Elem* in) { e(keep, load(in), load(in)); };
   explicit Op(const EpilogueParams& p) : f(p) {}
-  void operator()(const Elem* in, Elem* out, Keep keep) const {
-    const auto result = f(keep, load(in));
+  void operator()(const Elem* in, const Elem* in2, Elem* out, Keep keep) const {
+    const auto result = [&] {
+      if constexpr (kHasIn2) {
+        return f(keep, load(in), load(in2));
+      } else {
+        return f(keep, load(in));
+      }
+    }();
     if constexpr (streaming) {
       stream(out, result);
     } else {
@@ -44,101 +47,50 @@ struct Op {
 
 // Two vectors at a time, where the instruction set has a faster way for that.
 template <class Elem, bool streaming>
-void apply_pair(const Op<Scale, Elem, streaming>& op, const Elem* in, Elem* out, Keep first,
-                Keep second) {
+void apply_pair(const Op<Scale, Elem, streaming>& op, const Elem* in, const Elem* in2, Elem* out,
+                Keep first, Keep second) {
   if constexpr (kHasPair<Elem> && streaming) {
     stream_pair(out, scale_pair(in, first, second, op.f.scale));
   } else if constexpr (kHasPair<Elem>) {
     store_pair(out, scale_pair(in, first, second, op.f.scale));
   } else {
-    op(in, out, first);
-    op(in + kVector, out + kVector, second);
+    op(in, in2, out, first);
+    op(in + kVector, in2, out + kVector, second);
   }
 }
 template <class Elem, class Op>
-void apply_pair(const Op& op, const Elem* in, Elem* out, Keep first, Keep second) {
-  op(in, out, first);
-  op(in + kVector, out + kVector, second);
+void apply_pair(const Op& op, const Elem* in, const Elem* in2, Elem* out, Keep first, Keep second) {
+  op(in, in2, out, first);
+  op(in + kVector, Op::kHasIn2 ? in2 + kVector : in2, out + kVector, second);
 }
 
 struct StoreBool {
+  static constexpr bool kHasIn2 = false;
   explicit StoreBool(const EpilogueParams&) {}
-  void operator()(const BoolElem*, BoolElem* out, Keep keep) const {
+  void operator()(const BoolElem*, const BoolElem*, BoolElem* out, Keep keep) const {
     store_bytes(&out->byte, keep);
   }
-};
-
-// Where the decisions of the next groups come from: read from stored bits, or computed.
-class BitsSource {
- public:
-  BitsSource(const uint64_t* bits, int64_t n) : bits_(bits), words_((n + 63) / 64) {}
-  template <int groups>
-  void next(Keep (&keep)[groups * kVectors]) {
-    for (int w = 0; w < 2 * groups; ++w) {
-      const uint64_t word = words_ > 0 ? *bits_ : 0;
-      ++bits_, --words_;
-      for (int v = 0; v < 4; ++v) {
-        keep[4 * w + v] = keep_from_bits(static_cast<uint16_t>(word >> 16 * v));
-      }
-    }
-  }
-
- private:
-  const uint64_t* bits_;
-  int64_t words_;
-};
-
-class PhiloxSource {
- public:
-  explicit PhiloxSource(const MaskRun& mask)
-      : key_(mask.key),
-        threshold_(mask.threshold),
-        block_(mask.index >> 3),
-        block_high_(block_high(block_)),
-        schedule_(mask.key, block_high_) {}
-  void seek(uint64_t index) { block_ = index >> 3; }
-  template <int groups>
-  void next(Keep (&keep)[groups * kVectors]) {
-    constexpr int kBlocks = groups * kGroup / kBlock;
-    const uint32_t high = block_high(block_);
-    if (high == block_high(block_ + kBlocks - 1)) {
-      if (high != block_high_) schedule_.set_block_high(block_high_ = high);
-      keep_groups<groups>(schedule_, block_, threshold_, keep);
-    } else {
-      // Once in 2^35 elements of a run. Out of line: inlined, it costs the loops registers.
-      uint64_t bits[groups * kGroup / 64];
-      keep_bits_one_by_one(bits, groups * kGroup, key_, block_ * kBlock, 1, threshold_);
-      BitsSource(bits, groups * kGroup).next<groups>(keep);
-    }
-    block_ += kBlocks;
-  }
-
- private:
-  Key key_;
-  uint32_t threshold_;
-  uint64_t block_;
-  uint32_t block_high_;
-  PhiloxSchedule schedule_;
 };
 
 // Elements [begin, end) of a group, of which in[0] and out[0] are element `begin`. Vectors that the
 // range covers only in part go through a buffer, so that nothing outside the range is touched.
 template <class Elem, class Op>
-void part_of_group(const Keep (&keep)[kVectors], int begin, int end, const Elem* in, Elem* out,
-                   const Op& op) {
+void part_of_group(const Keep (&keep)[kVectors], int begin, int end, const Elem* in,
+                   const Elem* in2, Elem* out, const Op& op) {
   for (int v = begin / kVector; v * kVector < end; ++v) {
     const int first = v * kVector < begin ? begin : v * kVector;
     const int last = (v + 1) * kVector < end ? (v + 1) * kVector : end;
     const int at = first - begin;
     if (last - first == kVector) {
-      op(in + at, out + at, keep[v]);
+      op(in + at, Op::kHasIn2 ? in2 + at : in2, out + at, keep[v]);
       continue;
     }
-    alignas(64) Elem buffer[kVector] = {};
+    alignas(64) Elem buffer[kVector] = {}, buffer2[kVector] = {};
     const int shift = first - v * kVector;
     const size_t bytes = (last - first) * sizeof(Elem);
     if constexpr (!std::is_same_v<Elem, BoolElem>) std::memcpy(buffer + shift, in + at, bytes);
-    op(buffer, buffer, keep[v]);
+    if constexpr (Op::kHasIn2) std::memcpy(buffer2 + shift, in2 + at, bytes);
+    op(buffer, buffer2, buffer, keep[v]);
     std::memcpy(out + at, buffer + shift, bytes);
   }
 }
@@ -146,18 +98,23 @@ void part_of_group(const Keep (&keep)[kVectors], int begin, int end, const Elem*
 // As many whole groups as there are in n elements, `groups` at a time. Returns how many elements
 // that was.
 template <int groups, class Elem, class Op, class Source>
-int64_t whole_groups(Source& source, const Elem* in, Elem* out, int64_t n, const Op& op) {
+int64_t whole_groups(Source& source, const Elem* in, const Elem* in2, Elem* out, int64_t n,
+                     const Op& op) {
   constexpr int kStep = groups * kGroup;
   int64_t j = 0;
   for (; j + kStep <= n; j += kStep) {
     // The hardware's own prefetch stops at every page. Past the end it is harmless.
     const auto ahead = reinterpret_cast<uintptr_t>(in + j) + kPrefetchBytes;
     for (size_t line = 0; line < kStep * sizeof(Elem); line += 64) prefetch(ahead + line);
+    if constexpr (Op::kHasIn2) {
+      const auto ahead2 = reinterpret_cast<uintptr_t>(in2 + j) + kPrefetchBytes;
+      for (size_t line = 0; line < kStep * sizeof(Elem); line += 64) prefetch(ahead2 + line);
+    }
     Keep keep[groups * kVectors];
     source.template next<groups>(keep);
     for (int v = 0; v < groups * kVectors; v += 2) {
       const int64_t at = j + v * kVector;
-      apply_pair(op, in + at, out + at, keep[v], keep[v + 1]);
+      apply_pair(op, in + at, Op::kHasIn2 ? in2 + at : in2, out + at, keep[v], keep[v + 1]);
     }
   }
   return j;
@@ -165,36 +122,39 @@ int64_t whole_groups(Source& source, const Elem* in, Elem* out, int64_t n, const
 
 // `skip` elements of the first group come before the run.
 template <class Elem, class Op, class Source>
-void for_each_group(Source source, int skip, const Elem* in, Elem* out, int64_t n, const Op& op) {
+void for_each_group(Source source, int skip, const Elem* in, const Elem* in2, Elem* out, int64_t n,
+                    const Op& op) {
   Keep keep[kVectors];
   int64_t j = 0;
+  const auto second = [&] { return Op::kHasIn2 ? in2 + j : in2; };
   if (skip != 0) {
     source.template next<1>(keep);
     const int end = skip + n < kGroup ? static_cast<int>(skip + n) : kGroup;
-    part_of_group(keep, skip, end, in, out, op);
+    part_of_group(keep, skip, end, in, in2, out, op);
     j = end - skip;
   }
   if constexpr (kGroupsAtATime > 1) {
-    j += whole_groups<kGroupsAtATime>(source, in + j, out + j, n - j, op);
+    j += whole_groups<kGroupsAtATime>(source, in + j, second(), out + j, n - j, op);
   }
-  j += whole_groups<1>(source, in + j, out + j, n - j, op);
+  j += whole_groups<1>(source, in + j, second(), out + j, n - j, op);
   if (j < n) {
     source.template next<1>(keep);
-    part_of_group(keep, 0, static_cast<int>(n - j), in + j, out + j, op);
+    part_of_group(keep, 0, static_cast<int>(n - j), in + j, second(), out + j, op);
   }
 }
 
 template <class Elem, class Op>
-void run(const void* in, void* out, int64_t n, const MaskRun& mask, const EpilogueParams& params) {
+void run(const void* in, const void* in2, void* out, int64_t n, const MaskRun& mask,
+         const EpilogueParams& params) {
   for_each_group(PhiloxSource(mask), static_cast<int>(mask.index & 7), static_cast<const Elem*>(in),
-                 static_cast<Elem*>(out), n, Op(params));
+                 static_cast<const Elem*>(in2), static_cast<Elem*>(out), n, Op(params));
 }
 
 template <class Elem, class Op>
-void apply_bits(const void* in, void* out, int64_t n, const uint64_t* bits,
+void apply_bits(const void* in, const void* in2, void* out, int64_t n, const uint64_t* bits,
                 const EpilogueParams& params) {
-  for_each_group(BitsSource(bits, n), 0, static_cast<const Elem*>(in), static_cast<Elem*>(out), n,
-                 Op(params));
+  for_each_group(BitsSource(bits, n), 0, static_cast<const Elem*>(in),
+                 static_cast<const Elem*>(in2), static_cast<Elem*>(out), n, Op(params));
 }
 
 inline void keep_bits_row(PhiloxSource& source, uint64_t index, uint64_t* bits, int64_t n) {
@@ -241,12 +201,42 @@ constexpr Kernels::Of of() {
           run<Elem, Op<Epilogue, Elem, true>>, apply_bits<Elem, Op<Epilogue, Elem, true>>};
 }
 
-inline constexpr Kernels make_kernels(const char* name) {
-  return {
-      name,
-      {of<Scale, double>(), of<Scale, float>(), of<Scale, Float16>(), of<Scale, BFloat16>()},
-      {of<Affine, double>(), of<Affine, float>(), of<Affine, Float16>(), of<Affine, BFloat16>()},
-      {run<BoolElem, StoreBool>, apply_bits<BoolElem, StoreBool>, nullptr, nullptr},
-      keep_bits,
-      fence};
+template <template <class> class Epilogue, bool float64 = true>
+constexpr void set(Kernels::Of (&all)[4]) {
+  if constexpr (float64) all[static_cast<int>(Dtype::kFloat64)] = of<Epilogue, double>();
+  all[static_cast<int>(Dtype::kFloat32)] = of<Epilogue, float>();
+  all[static_cast<int>(Dtype::kFloat16)] = of<Epilogue, Float16>();
+  all[static_cast<int>(Dtype::kBFloat16)] = of<Epilogue, BFloat16>();
+}
+
+template <class Function>
+struct Of {
+  template <class V>
+  using Value = Activated<Function, V>;
+  template <class V>
+  using Gradient = ActivatedBackward<Function, V>;
+};
+
+template <class Function>
+constexpr void set(Kernels& kernels, Activation activation) {
+  const int i = static_cast<int>(activation);
+  set<Of<Function>::template Value, /*float64=*/false>(kernels.activation[i]);
+  set<Of<Function>::template Gradient, /*float64=*/false>(kernels.activation_backward[i]);
+}
+
+constexpr Kernels make_kernels(const char* name) {
+  Kernels kernels{};
+  kernels.name = name;
+  set<Scale>(kernels.scale);
+  set<Affine>(kernels.affine);
+  set<Add>(kernels.add);
+  set<Gelu>(kernels, Activation::kGelu);
+  set<GeluTanh>(kernels, Activation::kGeluTanh);
+  set<Silu>(kernels, Activation::kSilu);
+  set<Relu>(kernels, Activation::kRelu);
+  kernels.keep_mask = {run<BoolElem, StoreBool>, apply_bits<BoolElem, StoreBool>, nullptr, nullptr};
+  kernels.keep_bits = keep_bits;
+  kernels.fence = fence;
+  kernels.rows = &kRowKernels;
+  return kernels;
 }

@@ -1,17 +1,25 @@
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
+#include "../epilogue/activation.h"
+#include "../epilogue/add.h"
 #include "../epilogue/affine.h"
 #include "half.h"
 #include "kernel.h"
 #include "philox_schedule.h"
+#include "row_kernel.h"
 
 namespace dropout_ext::cpu {
 namespace {
 namespace portable {
 #include "simd_portable.h"
+//
+#include "keep_source.h"
+//
+#include "row_kernel_body.h"
 //
 #include "kernel_body.h"
 }  // namespace portable

@@ -119,7 +119,8 @@ Plan::Plan(const ApplyArgs& args, const Key* keys)
     }
     return second >= 0;
   };
-  const bool contiguous = inner_.out_stride == 1 && (inner_.in_stride == 1 || args.in == nullptr);
+  const bool contiguous = inner_.out_stride == 1 && (inner_.in_stride == 1 || args.in == nullptr) &&
+                          (inner_.in2_stride == 1 || args.in2 == nullptr);
   if (inner_.mask_stride == 1) {
     const bool shared = find_second(0);
     const bool fused = !shared && contiguous && !complex_;
@@ -147,14 +148,17 @@ Plan::Plan(const ApplyArgs& args, const Key* keys)
     loops_[n_loops_++] = loop;
     units_ *= loop.count;
   };
-  add_loop({args.slices, args.slice_in_stride, args.slice_out_stride, args.slice_mask_stride});
+  add_loop({args.slices, args.slice_in_stride, args.slice_out_stride, args.slice_mask_stride,
+            args.slice_in2_stride});
   for (int d = 0; d < last; ++d) {
     const Dim& dim = args.map.dims[d];
-    if (d != second) add_loop({dim.size, dim.in_stride, dim.out_stride, dim.mask_stride});
+    if (d != second) {
+      add_loop({dim.size, dim.in_stride, dim.out_stride, dim.mask_stride, dim.in2_stride});
+    }
   }
   const auto add_steps = [&](const Dim& dim, int64_t step) {
     add_loop({ceil_div(dim.size, step), dim.in_stride * step, dim.out_stride * step,
-              dim.mask_stride * static_cast<uint64_t>(step)});
+              dim.mask_stride * static_cast<uint64_t>(step), dim.in2_stride * step});
   };
   add_steps(second_, second_step_);
   add_steps(inner_, inner_step_);
@@ -173,7 +177,7 @@ Plan::Plan(const ApplyArgs& args, const Key* keys)
 
 void Plan::run(int64_t begin, int64_t end) const {
   int64_t at[kMaxDims + 2];
-  int64_t in = 0, out = 0;
+  int64_t in = 0, in2 = 0, out = 0;
   uint64_t index = args_.map.mask_offset;
   int64_t rest = begin;
   for (int d = n_loops_ - 1; d >= 0; --d) {
@@ -181,11 +185,13 @@ void Plan::run(int64_t begin, int64_t end) const {
     at[d] = rest % loop.count;
     rest /= loop.count;
     in += at[d] * loop.in_step;
+    in2 += at[d] * loop.in2_step;
     out += at[d] * loop.out_step;
     index += static_cast<uint64_t>(at[d]) * loop.mask_step;
   }
   // A keep mask reads no input; its pointer stays a valid one all the same.
   const char* base = static_cast<const char*>(args_.in != nullptr ? args_.in : args_.out);
+  const char* base2 = static_cast<const char*>(args_.in2);
   const int64_t& inner_at = at[n_loops_ - 1];
   const int64_t& second_at = at[n_loops_ - 2];
   // On the heap: up to 128 KiB, which a thread's stack need not have.
@@ -202,16 +208,17 @@ void Plan::run(int64_t begin, int64_t end) const {
     run_unit({base + in * element_size_, static_cast<char*>(args_.out) + out * element_size_, index,
               std::min(joined * inner_step_, inner_.size - inner_at * inner_step_),
               std::min(second_step_, second_.size - second_at * second_step_), keys_[at[0]],
-              tile_bits.get()});
+              tile_bits.get(), base2 == nullptr ? nullptr : base2 + in2 * element_size_});
     unit += joined;
     int64_t steps = joined;
     for (int d = n_loops_ - 1; d >= 0; --d, steps = 1) {
       const Loop& loop = loops_[d];
-      in += steps * loop.in_step, out += steps * loop.out_step;
+      in += steps * loop.in_step, in2 += steps * loop.in2_step, out += steps * loop.out_step;
       index += static_cast<uint64_t>(steps) * loop.mask_step;
       at[d] += steps;
       if (at[d] < loop.count) break;
-      in -= loop.in_step * loop.count, out -= loop.out_step * loop.count;
+      in -= loop.in_step * loop.count, in2 -= loop.in2_step * loop.count;
+      out -= loop.out_step * loop.count;
       index -= loop.mask_step * static_cast<uint64_t>(loop.count);
       at[d] = 0;
     }
@@ -222,8 +229,9 @@ void Plan::run(int64_t begin, int64_t end) const {
 void Plan::run_unit(const Unit& unit) const {
   switch (mode_) {
     case Mode::kFused:
-      (streaming_ ? of_.run_streaming : of_.run)(
-          unit.in, unit.out, unit.inner, {unit.key, unit.index, args_.threshold}, args_.params);
+      (streaming_ ? of_.run_streaming : of_.run)(unit.in, unit.in2, unit.out, unit.inner,
+                                                 {unit.key, unit.index, args_.threshold},
+                                                 args_.params);
       return;
     case Mode::kRow:
     case Mode::kElement: return run_rows(unit);
@@ -249,7 +257,7 @@ void Plan::run_constant(const Unit& unit) const {
       if ((decisions[j / 64] >> j % 64 & 1) == 0) continue;
       or_bits(bits, j * inner_.size, ones);
     }
-    apply_run(unit.in, unit.out, unit.second * inner_.size, bits);
+    apply_run(unit.in, unit.in2, unit.out, unit.second * inner_.size, bits);
     return;
   }
   static constexpr auto kOnes = [] {
@@ -260,7 +268,8 @@ void Plan::run_constant(const Unit& unit) const {
     return ones;
   }();
   static constexpr uint64_t kZeros[kBits / 64] = {};
-  const bool drops_to_zeros = args_.params.dropped == 0 && !std::signbit(args_.params.dropped);
+  const bool drops_to_zeros = args_.epilogue != Epilogue::kAdd && args_.params.dropped == 0 &&
+                              !std::signbit(args_.params.dropped);
   for (int64_t j = 0; j < unit.second; ++j) {
     const bool kept = decisions[j / 64] >> j % 64 & 1;
     if (!kept && drops_to_zeros && inner_.out_stride == 1) {
@@ -270,6 +279,7 @@ void Plan::run_constant(const Unit& unit) const {
     for (int64_t i = 0; i < unit.inner; i += kBits) {
       Unit part = unit;
       part.in += i * inner_.in_stride * element_size_;
+      part.in2 = in2_at(unit, i * inner_.in2_stride);
       part.out += i * inner_.out_stride * element_size_;
       apply_inner(part, j, std::min(kBits, unit.inner - i), kept ? kOnes.bits : kZeros);
     }
@@ -297,7 +307,7 @@ void Plan::run_transposed(const Unit& unit) const {
       for (int64_t j = 0; j < n; ++j) or_bits(bits, (word * 64 + j) * run_bits + i, square[j]);
     }
   }
-  if (dense) return apply_run(unit.in, unit.out, unit.second * unit.inner, bits);
+  if (dense) return apply_run(unit.in, unit.in2, unit.out, unit.second * unit.inner, bits);
   for (int64_t j = 0; j < unit.second; ++j) {
     apply_inner(unit, j, unit.inner, bits + j * run_bits / 64);
   }
@@ -315,25 +325,32 @@ void Plan::keep_bits(uint64_t* bits, int64_t n, Key key, uint64_t index, int64_t
 // `n` elements of the inner dimension at position `second` of the other.
 void Plan::apply_inner(const Unit& unit, int64_t second, int64_t n, const uint64_t* bits) const {
   const char* in = unit.in + second * second_.in_stride * element_size_;
+  const char* in2 = in2_at(unit, second * second_.in2_stride);
   char* out = unit.out + second * second_.out_stride * element_size_;
   const bool gather = args_.in != nullptr && inner_.in_stride != 1;
+  const bool gather2 = in2 != nullptr && inner_.in2_stride != 1;
   const bool scatter = inner_.out_stride != 1;
-  if (!gather && !scatter) return apply_run(in, out, n, bits);
+  if (!gather && !gather2 && !scatter) return apply_run(in, in2, out, n, bits);
   alignas(64) char in_stage[kStage * sizeof(Bytes16)];
+  alignas(64) char in2_stage[kStage * sizeof(uint64_t)];  // no complex type has two inputs
   alignas(64) char out_stage[kStage * sizeof(Bytes16)];
   for (int64_t i = 0; i < n; i += kStage) {
     const int64_t count = std::min(kStage, n - i);
     const char* from = in + i * inner_.in_stride * element_size_;
     char* to = out + i * inner_.out_stride * element_size_;
+    const char* from2 = in2 == nullptr ? nullptr : in2 + i * inner_.in2_stride * element_size_;
     if (gather) copy_strided(in_stage, 1, from, inner_.in_stride, count, element_size_);
-    apply_run(gather ? in_stage : from, scatter ? out_stage : to, count, bits + i / 64);
+    if (gather2) copy_strided(in2_stage, 1, from2, inner_.in2_stride, count, element_size_);
+    apply_run(gather ? in_stage : from, gather2 ? in2_stage : from2, scatter ? out_stage : to,
+              count, bits + i / 64);
     if (scatter) copy_strided(to, inner_.out_stride, out_stage, 1, count, element_size_);
   }
 }
 
-void Plan::apply_run(const char* in, char* out, int64_t n, const uint64_t* bits) const {
+void Plan::apply_run(const char* in, const char* in2, char* out, int64_t n,
+                     const uint64_t* bits) const {
   const Kernels::ApplyBits apply_bits = streaming_ ? of_.apply_bits_streaming : of_.apply_bits;
-  if (!complex_) return apply_bits(in, out, n, bits, args_.params);
+  if (!complex_) return apply_bits(in, in2, out, n, bits, args_.params);
   for (int64_t i = 0; i < n; i += kStage) {
     uint64_t doubled[2 * kStage / 64];
     const int64_t count = std::min(kStage, n - i);
@@ -341,7 +358,8 @@ void Plan::apply_run(const char* in, char* out, int64_t n, const uint64_t* bits)
       doubled[2 * w] = double_bits(bits[i / 64 + w]);
       doubled[2 * w + 1] = double_bits(bits[i / 64 + w] >> 32);
     }
-    apply_bits(in + i * element_size_, out + i * element_size_, 2 * count, doubled, args_.params);
+    apply_bits(in + i * element_size_, nullptr, out + i * element_size_, 2 * count, doubled,
+               args_.params);
   }
 }
 

@@ -28,6 +28,7 @@ class Plan {
   struct Loop {
     int64_t count, in_step, out_step;
     uint64_t mask_step;
+    int64_t in2_step;
   };
   struct Unit {
     const char* in;
@@ -36,6 +37,7 @@ class Plan {
     int64_t inner, second;  // elements of the inner and of the second dimension
     Key key;
     uint64_t* tile_bits;  // room for the bits of a transposed unit
+    const char* in2;      // null where there is no second input
   };
 
   void run_unit(const Unit& unit) const;
@@ -45,12 +47,16 @@ class Plan {
   // Whether the inner dimension, in full, and the second one are a single run in memory.
   bool is_dense() const {
     return inner_.in_stride == 1 && inner_.out_stride == 1 && second_.in_stride == inner_.size &&
-           second_.out_stride == inner_.size;
+           second_.out_stride == inner_.size &&
+           (args_.in2 == nullptr || (inner_.in2_stride == 1 && second_.in2_stride == inner_.size));
   }
   void keep_bits(uint64_t* bits, int64_t n, Key key, uint64_t index, int64_t rows = 1,
                  uint64_t row_stride = 0, int64_t row_words = 0) const;
   void apply_inner(const Unit& unit, int64_t second, int64_t n, const uint64_t* bits) const;
-  void apply_run(const char* in, char* out, int64_t n, const uint64_t* bits) const;
+  void apply_run(const char* in, const char* in2, char* out, int64_t n, const uint64_t* bits) const;
+  const char* in2_at(const Unit& unit, int64_t elements) const {
+    return unit.in2 == nullptr ? nullptr : unit.in2 + elements * element_size_;
+  }
 
   const ApplyArgs& args_;
   const Key* keys_;
@@ -61,7 +67,7 @@ class Plan {
   Mode mode_;
   bool streaming_;
   Dim inner_;
-  Dim second_ = {1, 0, 0, 0};
+  Dim second_ = {1, 0, 0, 0, 0};
   int64_t inner_step_;
   int64_t second_step_ = 1;
   int n_loops_ = 0;  // slices, the remaining dimensions, steps of the second, steps of the inner

@@ -115,6 +115,47 @@ inline F64 fma(F64 a, F64 b, F64 c) {
   return a;
 }
 
+inline F32 operator+(F32 a, F32 b) {
+  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+inline F32 operator-(F32 a, F32 b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+inline F32 operator*(F32 a, F32 b) {
+  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+inline F32 operator/(F32 a, F32 b) {
+  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
+inline F64 operator+(F64 a, F64 b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = _mm256_add_pd(a.v[i], b.v[i]);
+  return a;
+}
+inline F64 operator-(F64 a, F64 b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = _mm256_sub_pd(a.v[i], b.v[i]);
+  return a;
+}
+inline F64 operator*(F64 a, F64 b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = _mm256_mul_pd(a.v[i], b.v[i]);
+  return a;
+}
+
+inline F32 absolute(F32 a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+inline F32 if_greater(F32 a, F32 b, F32 x, F32 y) {
+  return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ)),
+          _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ))};
+}
+inline __m256 shift_exponent(__m256 a, __m256 r) {
+  return _mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(r), 23)));
+}
+inline F32 shift_exponent(F32 a, F32 r) {
+  return {shift_exponent(a.lo, r.lo), shift_exponent(a.hi, r.hi)};
+}
+
 // The decisions of elements 4i to 4i + 3, in 64-bit lanes.
 inline __m256d keep_64(Keep k, int i) {
   const __m256i half = i < 2 ? k.lo : k.hi;
@@ -136,6 +177,32 @@ inline F32 select(Keep k, F32 kept, F32 dropped) {
 inline F64 select(Keep k, F64 kept, F64 dropped) {
   for (int i = 0; i < 4; ++i) kept.v[i] = _mm256_blendv_pd(dropped.v[i], kept.v[i], keep_64(k, i));
   return kept;
+}
+
+// As in simd_avx512.h.
+template <class Elem, class V>
+inline void store_any(Elem* p, const V& x) {
+  store(p, x);
+}
+inline __m256i bfloat16_upper_any(__m256 x) {
+  const __m256i u = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
+  const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_ORD_Q));
+  return _mm256_srai_epi32(_mm256_add_epi32(u, _mm256_and_si256(half, number)), 16);
+}
+__attribute__((always_inline)) inline __m256i bfloat16_bits_any(F32 x) {
+  return pack_signed(bfloat16_upper_any(x.lo), bfloat16_upper_any(x.hi));
+}
+__attribute__((always_inline)) inline void store_any(BFloat16* p, F32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits_any(x));
+}
+template <class Elem, class V>
+inline void stream_any(Elem* p, const V& x) {
+  stream(p, x);
+}
+inline void stream_any(BFloat16* p, F32 x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits_any(x));
 }
 
 // Four blocks, one per 64-bit lane, as in simd_avx512.h.

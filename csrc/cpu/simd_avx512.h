@@ -101,6 +101,29 @@ inline F64 fma(F64 a, F64 b, F64 c) {
   return {_mm512_fmadd_pd(a.lo, b.lo, c.lo), _mm512_fmadd_pd(a.hi, b.hi, c.hi)};
 }
 
+inline F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F64 operator+(F64 a, F64 b) {
+  return {_mm512_add_pd(a.lo, b.lo), _mm512_add_pd(a.hi, b.hi)};
+}
+inline F64 operator-(F64 a, F64 b) {
+  return {_mm512_sub_pd(a.lo, b.lo), _mm512_sub_pd(a.hi, b.hi)};
+}
+inline F64 operator*(F64 a, F64 b) {
+  return {_mm512_mul_pd(a.lo, b.lo), _mm512_mul_pd(a.hi, b.hi)};
+}
+
+inline F32 absolute(F32 a) { return {_mm512_abs_ps(a.v)}; }
+inline F32 if_greater(F32 a, F32 b, F32 x, F32 y) {
+  return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), x.v)};
+}
+inline F32 shift_exponent(F32 a, F32 r) {
+  return {_mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_castps_si512(r.v), 23)))};
+}
+
 inline F32 mul_or_zero(Keep k, F32 a, F32 b) { return {_mm512_maskz_mul_ps(k.mask, a.v, b.v)}; }
 inline F64 mul_or_zero(Keep k, F64 a, F64 b) {
   return {_mm512_maskz_mul_pd(static_cast<__mmask8>(k.mask), a.lo, b.lo),
@@ -112,6 +135,29 @@ inline F32 select(Keep k, F32 kept, F32 dropped) {
 inline F64 select(Keep k, F64 kept, F64 dropped) {
   return {_mm512_mask_mov_pd(dropped.lo, static_cast<__mmask8>(k.mask), kept.lo),
           _mm512_mask_mov_pd(dropped.hi, static_cast<__mmask8>(k.mask >> 8), kept.hi)};
+}
+
+// Results of arithmetic on values of any origin: as bfloat16, a NaN whose lowest bits are set would
+// carry into its exponent. Not rounded, it stays one, since arithmetic has made it quiet.
+template <class Elem, class V>
+inline void store_any(Elem* p, const V& x) {
+  store(p, x);
+}
+__attribute__((always_inline)) inline __m256i bfloat16_bits_any(F32 x) {
+  const __mmask16 number = _mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q);
+  const __m512i rounded =
+      _mm512_mask_mov_epi32(_mm512_castps_si512(x.v), number, round_to_upper_half(x.v));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+__attribute__((always_inline)) inline void store_any(BFloat16* p, F32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits_any(x));
+}
+template <class Elem, class V>
+inline void stream_any(Elem* p, const V& x) {
+  stream(p, x);
+}
+inline void stream_any(BFloat16* p, F32 x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits_any(x));
 }
 
 // Where the 16-bit lanes of a vector of decisions come from: two blocks out of four, whose

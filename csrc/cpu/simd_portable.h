@@ -77,6 +77,42 @@ inline V fma(V a, const V& b, const V& c) {
   return a;
 }
 
+template <class V>
+inline V operator+(V a, const V& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
+}
+template <class V>
+inline V operator-(V a, const V& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+template <class V>
+inline V operator*(V a, const V& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+inline F32 operator/(F32 a, const F32& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] /= b.v[i];
+  return a;
+}
+
+inline F32 absolute(F32 a) {
+  for (int i = 0; i < 16; ++i) a.v[i] = std::fabs(a.v[i]);
+  return a;
+}
+inline F32 if_greater(const F32& a, const F32& b, F32 x, const F32& y) {
+  for (int i = 0; i < 16; ++i) x.v[i] = a.v[i] > b.v[i] ? x.v[i] : y.v[i];
+  return x;
+}
+inline F32 shift_exponent(F32 a, const F32& r) {
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t bits = std::bit_cast<uint32_t>(a.v[i]) + (std::bit_cast<uint32_t>(r.v[i]) << 23);
+    a.v[i] = std::bit_cast<float>(bits);
+  }
+  return a;
+}
+
 inline F32 select(const Keep& k, F32 kept, const F32& dropped) {
   for (int i = 0; i < 16; ++i) {
     const uint32_t a = std::bit_cast<uint32_t>(kept.v[i]);
@@ -100,6 +136,15 @@ inline F64 mul_or_zero(const Keep& k, const F64& a, const F64& b) {
   F64 r;
   for (int i = 0; i < 16; ++i) r.v[i] = k.lane[i] ? a.v[i] * b.v[i] : 0;
   return r;
+}
+
+template <class Elem, class V>
+inline void store_any(Elem* p, const V& x) {
+  store(p, x);
+}
+template <class Elem, class V>
+inline void stream_any(Elem* p, const V& x) {
+  store(p, x);
 }
 
 inline constexpr int kGroupsAtATime = 1;

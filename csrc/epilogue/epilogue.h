@@ -14,13 +14,26 @@ enum class Dtype : int { kFloat64, kFloat32, kFloat16, kBFloat16, kComplex128, k
 enum class Epilogue : int {
   kAffine,    // keep ? fma(x, scale, bias) : dropped
   kKeepMask,  // keep, as a bool; reads no input
+  kAdd,       // fma(keep ? x : +0, scale, x2)
+  // keep ? f(x) * scale : +0, and the gradient of that: keep ? x * f'(x2) * scale : +0
+  kActivation,
+  kActivationBackward,
 };
+
+// Of float32 and the 16-bit types; activation.h.
+enum class Activation : int { kGelu, kGeluTanh, kSilu, kRelu };
+inline constexpr int kActivations = 4;
+
+inline constexpr bool has_second_input(Epilogue epilogue) {
+  return epilogue == Epilogue::kAdd || epilogue == Epilogue::kActivationBackward;
+}
 
 // Rounded once to the compute type: float64 for float64 and complex128, float32 for all others.
 struct EpilogueParams {
   double scale = 1;
   double bias = -0.0;
   double dropped = 0;
+  Activation activation = Activation::kGelu;
 
   // keep ? x * scale : +0
   bool is_scale() const {

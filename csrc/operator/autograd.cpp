@@ -9,6 +9,7 @@
 
 #include <vector>
 
+#include "autograd.h"
 #include "checks.h"
 #include "ops.h"
 
@@ -110,8 +111,8 @@ struct ApplyInplaceFunction : torch::autograd::Function<ApplyInplaceFunction> {
   }
 };
 
-// functorch rejects a C++ Function, and forward mode would silently lose the tangent in one: where
-// either is at work, differentiable operators are composed instead.
+}  // namespace
+
 bool needs_composition(const Tensor& input) {
   return c10::impl::tls_is_dispatch_key_included(
              c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
@@ -126,6 +127,8 @@ Tensor compose(const Tensor& input, const Call& call) {
   const Tensor x = dtype == at::kHalf || dtype == at::kBFloat16 ? input.to(at::kFloat) : input;
   return at::where(mask, x * call.scale + call.bias.value_or(-0.0), call.dropped).to(dtype);
 }
+
+namespace {
 
 bool needs_graph(const Tensor& input) {
   return at::GradMode::is_enabled() && input.requires_grad();

@@ -1,13 +1,8 @@
 // The Python module dropout_ext._C.
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/Generator.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -16,6 +11,8 @@
 #include "checks.h"
 #include "draw.h"
 #include "ops.h"
+#include "row_bindings.h"
+#include "unpack.h"
 
 #ifdef DROPOUT_EXT_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -28,102 +25,6 @@ namespace py = pybind11;
 namespace dropout_ext {
 
 namespace {
-
-// Whether the call can go straight to the dispatcher: an ordinary tensor on a device with a kernel,
-// and nothing that traces, transforms or intercepts it.
-bool is_plain(PyObject* object) {
-  if (!THPVariable_CheckExact(object)) return false;
-  constexpr c10::DispatchKeySet kHarmless =
-      c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView}) |
-      c10::autocast_dispatch_keyset;
-  const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
-  if (!(included - kHarmless).empty() || at::impl::PythonTorchFunctionTLS::stack_len() != 0) {
-    return false;
-  }
-  const at::Tensor& tensor = THPVariable_Unpack(object);
-  if (tensor.key_set().has_any(c10::DispatchKeySet(c10::DispatchKey::Python) |
-                               c10::DispatchKeySet(c10::DispatchKey::Functionalize) |
-                               c10::DispatchKeySet(c10::DispatchKey::FuncTorchBatched) |
-                               c10::DispatchKeySet(c10::DispatchKey::NestedTensor))) {
-    return false;
-  }
-#ifdef DROPOUT_EXT_WITH_CUDA
-  return tensor.is_cpu() || tensor.is_cuda();
-#else
-  return tensor.is_cpu();
-#endif
-}
-
-const char* type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
-
-const at::Tensor& unpack_tensor(PyObject* object, const char* name, const char* accepted) {
-  TORCH_CHECK_TYPE(THPVariable_Check(object), "dropout(): argument '", name, "' must be ", accepted,
-                   ", not ", type_name(object));
-  return THPVariable_Unpack(object);
-}
-
-bool unpack_bool(PyObject* object) {
-  if (object == Py_True || object == Py_False) return object == Py_True;
-  const int truth = PyObject_IsTrue(object);
-  if (truth < 0) throw python_error();
-  return truth != 0;
-}
-
-// What is set but no Exception, an interrupt say, stays set and is thrown.
-void clear_exception() {
-  if (!PyErr_ExceptionMatches(PyExc_Exception)) throw python_error();
-  PyErr_Clear();
-}
-
-double unpack_float(PyObject* object, const char* name) {
-  if (PyFloat_Check(object)) return PyFloat_AS_DOUBLE(object);
-  const double value = PyFloat_AsDouble(object);
-  if (value == -1 && PyErr_Occurred()) {
-    if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
-      PyErr_Clear();
-      return std::numeric_limits<double>::infinity();
-    }
-    clear_exception();
-    TORCH_CHECK_TYPE(false, "dropout(): argument '", name, "' must be float, not ",
-                     type_name(object));
-  }
-  return value;
-}
-
-// Of an index modulo 2^64 the int64 of the same bits.
-int64_t unpack_index(PyObject* object, const char* name) {
-  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(object));
-  if (!index) {
-    clear_exception();
-    TORCH_CHECK_TYPE(false, "dropout(): argument '", name, "' must be int, not ",
-                     type_name(object));
-  }
-  return static_cast<int64_t>(PyLong_AsUnsignedLongLongMask(index.ptr()));
-}
-
-std::optional<at::Generator> unpack_generator(PyObject* object) {
-  if (object == Py_None) return std::nullopt;
-  TORCH_CHECK_TYPE(THPGenerator_Check(object),
-                   "dropout(): argument 'generator' must be torch.Generator, not ",
-                   type_name(object));
-  return THPGenerator_Unwrap(object);
-}
-
-std::vector<c10::SymInt> unpack_strides(PyObject* object) {
-  std::vector<c10::SymInt> strides;
-  if (object == Py_None) return strides;
-  for (const py::handle stride : py::reinterpret_borrow<py::object>(object)) {
-    strides.emplace_back(unpack_index(stride.ptr(), "mask_strides"));
-  }
-  return strides;
-}
-
-bool has_torch_function(PyObject* object) {
-  const auto attribute =
-      py::reinterpret_steal<py::object>(PyObject_GetAttrString(object, "__torch_function__"));
-  if (!attribute) clear_exception();
-  return static_cast<bool>(attribute);
-}
 
 PyDoc_STRVAR(
     eager_doc,
@@ -152,11 +53,8 @@ PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
   at::Tensor input = self;  // held while the GIL is let go
   const bool has_key = args[4] != Py_None;
   const std::optional<at::Generator> generator = unpack_generator(args[5]);
-  TORCH_CHECK_VALUE(!(has_key && generator),
-                    "dropout(): arguments 'key' and 'generator' exclude each other: a key is "
-                    "drawn from a generator only where none is given");
-  at::Tensor key;
-  if (has_key) key = unpack_tensor(args[4], "key", "a Tensor (dropout_ext.key makes one)");
+  check_one_source(has_key, generator);
+  at::Tensor key = unpack_key(args[4]);
   std::vector<c10::SymInt> mask_strides;
   Call call{key, p, p < 1 ? 1 / (1 - p) : 0, {}, 0};
   if (n > 6) {
@@ -167,23 +65,17 @@ PyObject* eager(PyObject*, PyObject* const* args, Py_ssize_t n) {
     call.mask_offset = unpack_index(args[10], "mask_offset");
   }
   at::Tensor out;
-  thread_local at::Tensor last_key;  // for the next call, unless a graph has kept it
   {
     const py::gil_scoped_release no_gil;
     // Errors before the draw, so that a call that fails leaves the generator alone.
     check(input, call);
     if (inplace) check_writable(input);
-    // Nothing is kept under any key at p = 1.
-    if (!has_key) {
-      key = p == 1 ? at::zeros({2}, at::kUInt64)
-                   : draw_key(generator, input.device(), std::move(last_key));
-    }
+    const DrawnKey drawn(key, generator, input, p);
     if (inplace) {
       call.apply_(input);
     } else {
       out = call.apply(input);
     }
-    if (!has_key && key.is_cpu()) last_key = std::move(key);
   }
   return inplace ? Py_NewRef(args[0]) : THPVariable_Wrap(std::move(out));
   END_HANDLE_TH_ERRORS
@@ -238,6 +130,7 @@ PYBIND11_MODULE(_C, m) {
   cpu::kernels();  // An environment variable that names no variant fails here, not in a kernel.
   PyObject* method = PyCFunction_NewEx(&eager_method, nullptr, nullptr);
   m.add_object("eager", py::reinterpret_steal<py::object>(method));
+  bind_rows(m);
   m.def("build_info", build_info);
   m.def(
       "draw_key",

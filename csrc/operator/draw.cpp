@@ -3,6 +3,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <mutex>
@@ -63,6 +64,24 @@ at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device de
 #endif
   draw_cpu(generator, key);
   return key;
+}
+
+namespace {
+
+thread_local at::Tensor last_key;  // for the next call, unless a graph has kept it
+
+}  // namespace
+
+DrawnKey::DrawnKey(at::Tensor& key, const std::optional<at::Generator>& generator,
+                   const at::Tensor& input, double p) {
+  if (key.defined()) return;
+  key = p == 1 ? at::zeros({2}, at::kUInt64)
+               : draw_key(generator, input.device(), std::move(last_key));
+  drawn_ = &key;
+}
+
+DrawnKey::~DrawnKey() {
+  if (drawn_ != nullptr && drawn_->is_cpu()) last_key = std::move(*drawn_);
 }
 
 }  // namespace dropout_ext

@@ -19,4 +19,18 @@ void check_generator(const std::optional<at::Generator>& generator, at::Device d
 at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device device,
                     at::Tensor spare = {});
 
+// Sets a key that is undefined to a fresh one as long as this lives; nothing is drawn at p = 1,
+// where nothing is kept under any key.
+class DrawnKey {
+ public:
+  DrawnKey(at::Tensor& key, const std::optional<at::Generator>& generator, const at::Tensor& input,
+           double p);
+  ~DrawnKey();
+  DrawnKey(const DrawnKey&) = delete;
+  DrawnKey& operator=(const DrawnKey&) = delete;
+
+ private:
+  at::Tensor* drawn_ = nullptr;
+};
+
 }  // namespace dropout_ext

@@ -8,6 +8,7 @@
 #include "../cpu/plan.h"
 #include "../epilogue/apply_args.h"
 #include "checks.h"
+#include "kernels.h"
 
 #ifdef DROPOUT_EXT_WITH_CUDA
 #include <ATen/cuda/EmptyTensor.h>
@@ -20,8 +21,6 @@ namespace dropout_ext {
 using at::Tensor;
 using c10::SymInt;
 using c10::SymIntArrayRef;
-
-namespace {
 
 Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -36,19 +35,16 @@ Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-// Of an index modulo 2^64. A SymInt holds integers below -2^62 on the heap, so nothing here takes
-// arrays of plain ones.
-uint64_t bits_of(const SymInt& index) { return static_cast<uint64_t>(index.expect_int()); }
+namespace {
 
-// `in` is undefined for the keep mask.
-void set_map(ApplyArgs& args, const Tensor& in, const Tensor& out, bool batched,
+void set_map(ApplyArgs& args, const Tensor& in, const Tensor& in2, const Tensor& out, bool batched,
              SymIntArrayRef mask_strides, const SymInt& mask_offset) {
   IndexMap& map = args.map;
   map.mask_offset = bits_of(mask_offset);
   if (!batched && mask_strides.empty() && out.is_contiguous() &&
-      (!in.defined() || in.is_contiguous())) {
+      (!in.defined() || in.is_contiguous()) && (!in2.defined() || in2.is_contiguous())) {
     map.ndim = 1;
-    map.dims[0] = {out.numel(), 1, 1, 1};
+    map.dims[0] = {out.numel(), 1, 1, 1, 1};
     return;
   }
   const int64_t ndim = out.dim();
@@ -58,7 +54,8 @@ void set_map(ApplyArgs& args, const Tensor& in, const Tensor& out, bool batched,
   map.ndim = static_cast<int>(ndim);
   for (int64_t d = ndim - 1; d >= 0; --d) {
     map.dims[d] = {out.size(d), in.defined() ? in.stride(d) : out.stride(d), out.stride(d),
-                   mask_strides.empty() ? row_major : bits_of(mask_strides[d])};
+                   mask_strides.empty() ? row_major : bits_of(mask_strides[d]),
+                   in2.defined() ? in2.stride(d) : 0};
     row_major *= static_cast<uint64_t>(out.size(d));
   }
   if (batched) {
@@ -67,6 +64,7 @@ void set_map(ApplyArgs& args, const Tensor& in, const Tensor& out, bool batched,
     args.slice_in_stride = slice.in_stride;
     args.slice_out_stride = slice.out_stride;
     args.slice_mask_stride = slice.mask_stride;
+    args.slice_in2_stride = slice.in2_stride;
     std::copy(map.dims + 1, map.dims + ndim, map.dims);
     --map.ndim;
   }
@@ -94,31 +92,32 @@ void run_cpu(const ApplyArgs& args, const Tensor& key) {
 void cuda_kernel_missing(const c10::OperatorHandle&, torch::jit::Stack*) { fail_without_cuda(); }
 #endif
 
-// Writes keep ? f(in) : g to `out`.
-void run(const Tensor& in, const Tensor& out, const Tensor& key, double p, Epilogue epilogue,
-         const EpilogueParams& params, SymIntArrayRef mask_strides, const SymInt& mask_offset) {
+}  // namespace
+
+void run(const Tensor& in, const Tensor& in2, const Tensor& out, const Call& call,
+         Epilogue epilogue, const EpilogueParams& params) {
   if (out.numel() == 0) return;
-  if (keeps_nothing(threshold(p))) {
+  if (keeps_nothing(threshold(call.p))) {
     out.fill_(params.dropped);
     return;
   }
   ApplyArgs args;
   args.in = in.defined() ? in.const_data_ptr() : nullptr;
+  args.in2 = in2.defined() ? in2.const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
   args.dtype = dtype_of(out);
   args.epilogue = epilogue;
   args.params = params;
-  args.threshold = static_cast<uint32_t>(threshold(p));
-  set_map(args, in, out, key.dim() == 2, mask_strides, mask_offset);
+  args.threshold = static_cast<uint32_t>(threshold(call.p));
+  set_map(args, in, in2, out, call.key.dim() == 2, call.mask_strides, call.mask_offset);
 #ifdef DROPOUT_EXT_WITH_CUDA
-  if (out.is_cuda()) return cuda::apply(args, key.contiguous(), out.device());
+  if (out.is_cuda()) return cuda::apply(args, call.key.contiguous(), out.device());
 #else
   if (out.is_cuda()) fail_without_cuda();
 #endif
-  run_cpu(args, key);
+  run_cpu(args, call.key);
 }
 
-// at::empty_like, without its two passes through the dispatcher (0.5 us) where that is easy.
 Tensor new_output(const Tensor& input) {
   if (input.is_non_overlapping_and_dense()) {
     if (input.is_cpu()) {
@@ -134,6 +133,8 @@ Tensor new_output(const Tensor& input) {
   return at::empty_like(input);
 }
 
+namespace {
+
 // Kernels, for the CPU and for CUDA alike.
 
 Tensor apply_kernel(const Tensor& input, const Tensor& key, double p, double scale,
@@ -142,8 +143,7 @@ Tensor apply_kernel(const Tensor& input, const Tensor& key, double p, double sca
   const Call call{key, p, scale, mask_strides, std::move(mask_offset), bias, dropped};
   check(input, call);
   const Tensor out = new_output(input);
-  run(input, out, key, p, Epilogue::kAffine, {scale, bias.value_or(-0.0), dropped}, mask_strides,
-      call.mask_offset);
+  run(input, {}, out, call, Epilogue::kAffine, {scale, bias.value_or(-0.0), dropped});
   return out;
 }
 
@@ -153,8 +153,7 @@ void apply_kernel_(Tensor& input, const Tensor& key, double p, double scale,
   const Call call{key, p, scale, mask_strides, std::move(mask_offset), bias, dropped};
   check(input, call);
   check_writable(input);
-  run(input, input, key, p, Epilogue::kAffine, {scale, bias.value_or(-0.0), dropped}, mask_strides,
-      call.mask_offset);
+  run(input, {}, input, call, Epilogue::kAffine, {scale, bias.value_or(-0.0), dropped});
 }
 
 Tensor keep_mask_kernel(const Tensor& key, double p, at::SymIntArrayRef size,
@@ -168,7 +167,7 @@ Tensor keep_mask_kernel(const Tensor& key, double p, at::SymIntArrayRef size,
   check_probability(p);
   check_key(key, out);
   check_mask_strides(out, static_cast<int64_t>(mask_strides.size()));
-  run({}, out, key, p, Epilogue::kKeepMask, {}, mask_strides, mask_offset);
+  run({}, {}, out, {key, p, 0, mask_strides, std::move(mask_offset)}, Epilogue::kKeepMask, {});
   return ours ? out : out.to(to);
 }
 
@@ -194,11 +193,6 @@ Tensor split_kernel(const Tensor& key, int64_t n) {
   const Key from = *static_cast<const Key*>(words.const_data_ptr());
   for (int64_t j = 0; j < n; ++j) to[j] = fold_in(from, static_cast<uint64_t>(j));
   return out;
-}
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 }  // namespace

@@ -1,0 +1,50 @@
+// The passes over one row of which rows.cpp makes dropout with residual and norm, compiled once per
+// instruction set from row_kernel_body.h. `C` below is the compute type: double where the sum is,
+// else float.
+#pragma once
+
+#include "../epilogue/row_args.h"
+#include "kernel.h"
+
+namespace dropout_ext::cpu {
+
+struct RowKernels {
+  // Keep decisions: stored, or computed where `bits` is null.
+  struct Mask {
+    const uint64_t* bits;
+    MaskRun run;
+  };
+  struct Moments {
+    double mean;
+    double square;  // mean of (sum - mean)^2, or of sum^2
+  };
+  struct Sums {
+    double g, gx;
+  };
+  // Of input, output and their gradients (T), and of sum and residual (S); see row_pair.
+  struct Of {
+    // sum = fma(keep ? t : +0, scale, residual)
+    void (*add)(const void* input, const void* residual, void* sum, int64_t n, const Mask& mask,
+                double scale);
+    // The same with t = (input + bias) * colscale * rowscale.
+    void (*scaled_add)(const void* input, const void* residual, void* sum, int64_t n,
+                       const Mask& mask, double scale, const void* bias, const void* colscale,
+                       double rowscale);
+    // out = (sum - mean) * rstd * weight + bias, past the caches if `streaming`: then out is
+    // aligned to kStreamAlignment.
+    void (*normalize)(const void* sum, void* out, int64_t n, double mean, double rstd,
+                      const void* weight, const void* bias, bool streaming);
+    // Sums of g and of g * x; adds grad_out * x to grad_weight and grad_out to grad_bias.
+    Sums (*reduce)(const void* grad_out, const void* sum, int64_t n, double mean, double rstd,
+                   const void* weight, void* grad_weight, void* grad_bias);
+    // grad_sum = rstd * (g - mean_g - x * mean_gx) + grad_sum_in
+    // grad_input = keep ? that * scale : +0
+    void (*backward)(const void* grad_out, const void* sum, const void* grad_sum_in, int64_t n,
+                     double mean, double rstd, const void* weight, double mean_g, double mean_gx,
+                     void* grad_sum, void* grad_input, const Mask& mask, double scale);
+  };
+  Of of[kRowPairs];
+  Moments (*moments[4])(const void* sum, int64_t n, bool centered);  // by Dtype
+};
+
+}  // namespace dropout_ext::cpu

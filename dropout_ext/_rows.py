@@ -1,0 +1,145 @@
+"""Dropout fused with a residual and a norm, or with an activation, where the call is not a plain
+eager one: of operators that can be traced, or, for tensors that stand for several (DTensor, nested
+tensors), of dropout and PyTorch's own functions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from . import _C, _call, _draw, _geometry, _ops
+from ._call import Call
+
+ACTIVATIONS = {("gelu", "none"): 0, ("gelu", "tanh"): 1, ("silu", "none"): 2, ("relu", "none"): 3}
+
+
+class Norm(NamedTuple):
+    """What comes after the sum."""
+
+    normalized_shape: int | list[int]
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float | None
+    rms: bool
+    dtype: torch.dtype | None
+    return_sum: bool
+
+
+def run(
+    input: Tensor,
+    residual: Tensor | None,
+    call: Call,
+    scales: tuple[Tensor | None, Tensor | None, Tensor | None],
+    sum_dtype: torch.dtype | None,
+    norm: Norm | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """scales: input_bias, colscale, rowscale."""
+    _call.check_tensor(input)
+    _call.check_probability(call.p)
+    _call.check_source(call.key, call.generator)
+    call = call._replace(mask_offset=_geometry.wrap_offset(call.mask_offset))
+    if sum_dtype is None:
+        sum_dtype = (input if residual is None else residual).dtype
+    drops = call.training and call.p != 0
+    if _call.is_dtensor(input) or input.is_nested:
+        return _composed(input, residual, call, scales, sum_dtype, norm)
+    dims = 0 if norm is None else _norm_dims(input, norm.normalized_shape)
+    dtype = input.dtype if norm is None or norm.dtype is None else norm.dtype
+    weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    strides = list(call.mask_strides or ())
+    if not is_dynamo_compiling():
+        name = "dropout_add" if norm is None else "dropout_add_norm"
+        others = [residual, *scales, call.key, weight, bias]
+        _C.check_rows(name, input, others, call.p, len(strides), dims, sum_dtype, dtype)
+    key = call.key if drops else None
+    if drops and key is None:
+        key = (
+            torch.zeros(2, dtype=torch.int64, device=input.device)
+            if call.p == 1
+            else _draw.draw_key(input, call.generator)
+        )
+    scale = 1 / (1 - call.p) if call.p < 1 else 0.0
+    arguments = (input, residual, *scales, key, call.p, scale, strides, call.mask_offset)
+    if norm is None:
+        return _ops.ops.add(*arguments, sum_dtype)
+    eps = torch.finfo(_compute_dtype(input.dtype)).eps if norm.eps is None else norm.eps
+    out, total, _, _ = _ops.ops.add_norm(
+        *arguments, dims, weight, bias, eps, norm.rms, sum_dtype, dtype
+    )
+    return (out, total) if norm.return_sum else out
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _norm_dims(input: Tensor, normalized_shape: int | list[int]) -> int:
+    if isinstance(normalized_shape, int):
+        normalized_shape = [normalized_shape]
+    dims = len(normalized_shape)
+    if not 0 < dims <= input.dim() or tuple(input.shape[-dims:]) != tuple(normalized_shape):
+        raise ValueError(
+            f"dropout_add_norm(): argument 'normalized_shape' is {list(normalized_shape)}, but "
+            f"accepted are the last dimensions of the input, of shape {tuple(input.shape)}"
+        )
+    return dims
+
+
+def _composed(input, residual, call, scales, sum_dtype, norm):
+    input_bias, colscale, rowscale = scales
+    total = input
+    if input_bias is not None:
+        total = total + input_bias
+    if colscale is not None:
+        total = total * colscale
+    if rowscale is not None:
+        total = total * rowscale.unsqueeze(-1)
+    total = _call.run(total, call)
+    if residual is not None:
+        total = total + residual
+    total = total.to(sum_dtype)
+    if norm is None:
+        return total
+    shape = norm.normalized_shape
+    shape = [shape] if isinstance(shape, int) else list(shape)
+    if norm.rms:
+        out = F.rms_norm(total, shape, norm.weight, norm.eps)
+    else:
+        out = F.layer_norm(total, shape, norm.weight, norm.bias, norm.eps)
+    out = out.to(norm.dtype or input.dtype)
+    return (out, total) if norm.return_sum else out
+
+
+def run_activation(input: Tensor, activation: str, approximate: str, call: Call) -> Tensor:
+    _call.check_tensor(input)
+    _call.check_probability(call.p)
+    _call.check_source(call.key, call.generator)
+    if not call.training or call.p == 0:
+        return apply_activation(input, activation, approximate)
+    composed = _call.is_dtensor(input) or input.is_nested or input.dtype == torch.float64
+    if composed or not input.is_floating_point():
+        return _call.run(apply_activation(input, activation, approximate), call)
+    call = call._replace(mask_offset=_geometry.wrap_offset(call.mask_offset))
+    _call.check(input, call)
+    key = call.key
+    if key is None:
+        key = (
+            torch.zeros(2, dtype=torch.int64, device=input.device)
+            if call.p == 1
+            else _draw.draw_key(input, call.generator)
+        )
+    scale = 1 / (1 - call.p) if call.p < 1 else 0.0
+    function = ACTIVATIONS[activation, approximate]
+    strides = list(call.mask_strides or ())
+    return _ops.ops.activation(input, function, key, call.p, scale, strides, call.mask_offset)
+
+
+def apply_activation(input: Tensor, activation: str, approximate: str) -> Tensor:
+    if activation == "gelu":
+        return F.gelu(input, approximate=approximate)
+    return F.silu(input) if activation == "silu" else F.relu(input)
