@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from . import _C, _call, _draw, _geometry, _ops
+from . import _C, _call, _draw, _geometry
 from ._call import Call
+from ._row_ops import ops
 
 ACTIVATIONS = {("gelu", "none"): 0, ("gelu", "tanh"): 1, ("silu", "none"): 2, ("relu", "none"): 3}
 
@@ -66,11 +67,9 @@ def run(
     scale = 1 / (1 - call.p) if call.p < 1 else 0.0
     arguments = (input, residual, *scales, key, call.p, scale, strides, call.mask_offset)
     if norm is None:
-        return _ops.ops.add(*arguments, sum_dtype)
+        return ops.add(*arguments, sum_dtype)
     eps = torch.finfo(_compute_dtype(input.dtype)).eps if norm.eps is None else norm.eps
-    out, total, _, _ = _ops.ops.add_norm(
-        *arguments, dims, weight, bias, eps, norm.rms, sum_dtype, dtype
-    )
+    out, total, _, _ = ops.add_norm(*arguments, dims, weight, bias, eps, norm.rms, sum_dtype, dtype)
     return (out, total) if norm.return_sum else out
 
 
@@ -136,7 +135,7 @@ def run_activation(input: Tensor, activation: str, approximate: str, call: Call)
     scale = 1 / (1 - call.p) if call.p < 1 else 0.0
     function = ACTIVATIONS[activation, approximate]
     strides = list(call.mask_strides or ())
-    return _ops.ops.activation(input, function, key, call.p, scale, strides, call.mask_offset)
+    return ops.activation(input, function, key, call.p, scale, strides, call.mask_offset)
 
 
 def apply_activation(input: Tensor, activation: str, approximate: str) -> Tensor:

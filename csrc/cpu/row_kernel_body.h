@@ -207,7 +207,9 @@ void normalize(const void* sum, void* out, int64_t n, double mean, double rstd, 
       stream_any(static_cast<T*>(out) + at, result(Whole{at}));
     }
   } else {
-    for_each(n, [=](const auto& where) DROPOUT_EXT_INLINE_LAMBDA { where.store_to(static_cast<T*>(out), result(where)); });
+    for_each(n, [=](const auto& where) DROPOUT_EXT_INLINE_LAMBDA {
+      where.store_to(static_cast<T*>(out), result(where));
+    });
   }
 }
 
@@ -245,7 +247,7 @@ void backward(const void* grad_out, const void* sum, const void* grad_sum_in, in
   for_each_kept(mask, n, [=](const auto& where, const Keep& keep) DROPOUT_EXT_INLINE_LAMBDA {
     const V grad = where.load_from(static_cast<const T*>(grad_out));
     const V x = (where.load_from(static_cast<const S*>(sum)) - middle) * factor;
-    const V g = fma(grad, where.load_from(static_cast<const C*>(weight)), minus_g);
+    const V g = grad * where.load_from(static_cast<const C*>(weight)) + minus_g;
     V to_sum = fma(x, minus_gx, g) * factor;
     if (grad_sum_in != nullptr) {
       to_sum = to_sum + where.load_from(static_cast<const S*>(grad_sum_in));

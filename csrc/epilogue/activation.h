@@ -1,6 +1,6 @@
 // Activations and their derivatives over a vector V of floats. They use +, -, *, /, fma, selects
 // and arithmetic on exponents only, each of which rounds alike everywhere, so that all devices
-// agree on every bit; dropout_ext/_reference.py computes the same. See affine.h for V, which has
+// agree on every bit; tests/fused_reference.py computes the same. See affine.h for V, which has
 // here also
 //   absolute(a)
 //   if_greater(a, b, x, y)     a > b ? x : y, so y where a or b is NaN
@@ -49,12 +49,11 @@ DROPOUT_EXT_HD V normal_tail(const V& t) {
   return exp2(polynomial(t, kCoefficients));
 }
 
-// 1 + 2^u; infinite from u = 128 on, and 1 from -25 down. NaN where u is.
+// 2^u, at least 2^-126 and at most 2^bound.
 template <class V>
-DROPOUT_EXT_HD V one_plus_exp2(const V& u) {
-  const V most = splat(128.0, V{}), least = splat(-126.0, V{});
-  const V bounded = if_greater(least, u, least, if_greater(u, most, most, u));
-  return splat(1.0, V{}) + exp2(bounded);
+DROPOUT_EXT_HD V bounded_exp2(const V& u, double bound) {
+  const V most = splat(bound, V{}), least = splat(-126.0, V{});
+  return exp2(if_greater(least, u, least, if_greater(u, most, most, u)));
 }
 
 // |x|, at most 9: beyond, Phi(-|x|) and 1 - sigmoid(|x|) are lost beside 1 or beside 1e-17.
@@ -93,15 +92,17 @@ struct Gelu {
 // x / (1 + 2^u(x)), u(x) = -log2(e) x (a + b x^2): silu, and gelu by tanh.
 template <class V>
 struct Sigmoid {
-  V x, denominator;
+  V x, u;
 
-  DROPOUT_EXT_HD Sigmoid(const V& x, const V& u) : x(x), denominator(one_plus_exp2(u)) {}
-  DROPOUT_EXT_HD V value() const { return x / denominator; }
-  // sigmoid + x sigmoid (1 - sigmoid) slope, slope = -u'(x) / log2(e)
+  // -0 from u = 128 on, NaN for minus infinity, as PyTorch.
+  DROPOUT_EXT_HD V value() const { return x / (splat(1.0, V{}) + bounded_exp2(u, 128)); }
+  // sigmoid + x sigmoid (1 - sigmoid) slope, slope = -u'(x) / log2(e), where 1 - sigmoid is
+  // 2^u sigmoid: without cancellation
   DROPOUT_EXT_HD V derivative(const V& slope) const {
     const V one = splat(1.0, V{});
-    const V sigmoid = one / denominator;
-    return fma(x * sigmoid * (one - sigmoid), slope, sigmoid);
+    const V power = bounded_exp2(u, 63);
+    const V sigmoid = one / (one + power);
+    return fma(x * (power * sigmoid * sigmoid), slope, sigmoid);
   }
 };
 

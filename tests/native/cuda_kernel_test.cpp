@@ -76,7 +76,7 @@ double read(Dtype dtype, const char* at, int part) {
   return 0;
 }
 
-constexpr EpilogueParams kAlpha{2.0 / 0.9, 0.3, -1.7};
+constexpr EpilogueParams kAlpha{.scale = 2.0 / 0.9, .bias = 0.3, .dropped = -1.7};
 
 struct Call {
   Dtype dtype = Dtype::kFloat32;
@@ -188,7 +188,7 @@ size_t extent(const Call& call, bool of_in) {
 
 // What one real part must become.
 double expected(const Call& call, double x, bool keep) {
-  const auto& [scale, bias, dropped] = call.params;
+  const double scale = call.params.scale, bias = call.params.bias, dropped = call.params.dropped;
   const bool adds = bias != 0 || !std::signbit(bias);
   if (call.dtype == Dtype::kFloat64 || call.dtype == Dtype::kComplex128) {
     if (!keep) return dropped;

@@ -148,6 +148,14 @@ Elem expected(Elem in, bool keep, const EpilogueParams& params) {
   }
 }
 
+// Of Epilogue::kAdd.
+template <class Elem>
+Elem expected_sum(Elem in, Elem residual, bool keep, const EpilogueParams& params) {
+  using Compute = typename Elem::Compute;
+  return Elem::store(std::fma(keep ? Elem::load(in) : Compute{0},
+                              static_cast<Compute>(params.scale), Elem::load(residual)));
+}
+
 template <class Elem>
 Elem random_value(std::mt19937_64& random) {
   if constexpr (is_complex<Elem>) {
@@ -259,30 +267,30 @@ void check_run(const Case& c, const Kernels::Of& of, const Mask& mask, int64_t s
   const Elem* source = in.data() + in_misalign;
   {
     Guarded<Elem> out(n, out_misalign);
-    of.run(reads ? source : nullptr, out.data(), n, mask.from(skip), c.params);
+    of.run(reads ? source : nullptr, nullptr, out.data(), n, mask.from(skip), c.params);
     check_output(c, "run", source, keep, n, skip, out);
   }
   {
     Guarded<Elem> out(n, out_misalign);
     if (n > 0) std::memcpy(static_cast<void*>(out.data()), source, n * sizeof(Elem));
-    of.run(reads ? out.data() : nullptr, out.data(), n, mask.from(skip), c.params);
+    of.run(reads ? out.data() : nullptr, nullptr, out.data(), n, mask.from(skip), c.params);
     check_output(c, "run in place", source, keep, n, skip, out);
   }
   {
     Guarded<Elem> out(n, out_misalign);
     const std::vector<uint64_t> bits = pack(keep, n);
-    of.apply_bits(reads ? source : nullptr, out.data(), n, bits.data(), c.params);
+    of.apply_bits(reads ? source : nullptr, nullptr, out.data(), n, bits.data(), c.params);
     check_output(c, "apply_bits", source, keep, n, skip, out);
   }
   if (of.run_streaming != nullptr && mask.from(skip).index % kBlock == 0) {
     Guarded<Elem> out(n, 0);
-    of.run_streaming(source, out.data(), n, mask.from(skip), c.params);
+    of.run_streaming(source, nullptr, out.data(), n, mask.from(skip), c.params);
     check_output(c, "run_streaming", source, keep, n, skip, out);
   }
   if (of.apply_bits_streaming != nullptr) {
     Guarded<Elem> out(n, 0);
     const std::vector<uint64_t> bits = pack(keep, n);
-    of.apply_bits_streaming(source, out.data(), n, bits.data(), c.params);
+    of.apply_bits_streaming(source, nullptr, out.data(), n, bits.data(), c.params);
     check_output(c, "apply_bits_streaming", source, keep, n, skip, out);
   }
 }
@@ -323,7 +331,7 @@ void check_every_value(const Kernels& kernels) {
       const Case c{kernels.name, Epilogue::kAffine, {scale, bias, 0}};
       Guarded<Elem> out(in.size(), 1);
       kernels.of(Elem::kDtype, c.epilogue, c.params)
-          .run(in.data(), out.data(), in.size(), {{1, 2}, 3, 0}, c.params);
+          .run(in.data(), nullptr, out.data(), in.size(), {{1, 2}, 3, 0}, c.params);
       const std::vector<uint8_t> keep(in.size(), 1);
       check_output(c, "every value", in.data(), keep.data(), in.size(), 0, out);
     }
@@ -375,7 +383,7 @@ int64_t extent(const std::vector<int64_t>& sizes, const std::vector<int64_t>& st
 
 template <class Elem>
 void check_plan(const Shape& shape, const EpilogueParams& params, double p, uint64_t mask_offset,
-                bool in_place, std::mt19937& random) {
+                bool in_place, std::mt19937& random, Epilogue epilogue = Epilogue::kAffine) {
   const std::vector<int64_t> out_strides = memory_strides(shape, shape.out_gap);
   const bool reads = Elem::kDtype != Dtype::kBool;
   const bool same_strides = in_place || !reads || shape.in_strides.empty();
@@ -385,7 +393,7 @@ void check_plan(const Shape& shape, const EpilogueParams& params, double p, uint
 
   ApplyArgs args;
   args.dtype = Elem::kDtype;
-  args.epilogue = reads ? Epilogue::kAffine : Epilogue::kKeepMask;
+  args.epilogue = reads ? epilogue : Epilogue::kKeepMask;
   args.params = params;
   args.threshold = static_cast<uint32_t>(threshold(p));
   args.slices = shape.slices;
@@ -397,6 +405,14 @@ void check_plan(const Shape& shape, const EpilogueParams& params, double p, uint
   for (int d = 0; d < args.map.ndim; ++d) {
     args.map.dims[d] = {shape.sizes[d], in_strides[d], out_strides[d], shape.mask_strides[d]};
   }
+  // A second input like the first, like the output, or expanded here and there.
+  const bool adds = epilogue == Epilogue::kAdd;
+  const int like = static_cast<int>(random() % 3);
+  for (int d = 0; adds && d < args.map.ndim; ++d) {
+    const int64_t stride = like == 0 ? in_strides[d] : out_strides[d];
+    args.map.dims[d].in2_stride = like == 2 && random() % 2 == 0 ? 0 : stride;
+  }
+  args.slice_in2_stride = adds ? std::max(in_extent, out_extent) : 0;
   const IndexMap drawn = args.map;
   normalize(args.map);
 
@@ -405,6 +421,7 @@ void check_plan(const Shape& shape, const EpilogueParams& params, double p, uint
 
   const int misalign = static_cast<int>(random() % 17);
   std::vector<Elem> in = random_values<Elem>(misalign + in_extent * shape.slices);
+  const std::vector<Elem> in2 = random_values<Elem>(1 + args.slice_in2_stride * shape.slices);
   Guarded<Elem> out(out_extent * shape.slices, misalign);
   if (in_place) std::copy(in.begin() + misalign, in.end(), out.data());
   // What is between the elements of the map stays as it is.
@@ -412,19 +429,26 @@ void check_plan(const Shape& shape, const EpilogueParams& params, double p, uint
   for (int64_t slice = 0; slice < shape.slices; ++slice) {
     for (int64_t n = 0; n < drawn.numel(); ++n) {
       int64_t from = misalign + slice * in_extent, to = slice * out_extent, rest = n;
+      int64_t from2 = 1 + slice * args.slice_in2_stride;
       uint64_t index = mask_offset + static_cast<uint64_t>(slice) * shape.slice_mask_stride;
       for (int d = drawn.ndim - 1; d >= 0; --d) {
         const int64_t position = rest % drawn.dims[d].size;
         rest /= drawn.dims[d].size;
         from += position * in_strides[d];
+        from2 += position * drawn.dims[d].in2_stride;
         to += position * drawn.dims[d].out_stride;
         index += static_cast<uint64_t>(position) * drawn.dims[d].mask_stride;
       }
-      want[to] = expected(in[from], keep(keys[slice], index, args.threshold), args.params);
+      const bool kept = keep(keys[slice], index, args.threshold);
+      want[to] = expected(in[from], kept, args.params);
+      if constexpr (!is_complex<Elem> && Elem::kDtype != Dtype::kBool) {
+        if (adds) want[to] = expected_sum(in[from], in2[from2], kept, args.params);
+      }
     }
   }
 
   args.in = !reads ? nullptr : in_place ? out.data() : in.data() + misalign;
+  args.in2 = adds ? in2.data() + 1 : nullptr;
   args.out = out.data();
   const cpu::Plan plan(args, keys.data());
   // Any split of the units, in any order.
@@ -526,6 +550,9 @@ void check_plans(const Shape& shape, std::mt19937& random) {
   constexpr bool kReads = Elem::kDtype != Dtype::kBool;
   std::vector<EpilogueParams> epilogues = {{}};
   if (kReads) epilogues = {{1 / 0.9}, {1 / 0.9, 0.1937, -1.558}};
+  if constexpr (kReads && !is_complex<Elem>) {
+    check_plan<Elem>(shape, {1 / 0.7}, 0.3, offsets[random() % 5], false, random, Epilogue::kAdd);
+  }
   for (const EpilogueParams& params : epilogues) {
     for (const bool in_place : {false, true}) {
       const double p = random() % 3 != 0 ? 0.5 : probabilities[random() % 5];

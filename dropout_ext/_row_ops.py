@@ -1,0 +1,234 @@
+"""What the operators of csrc/operator/rows.cpp need from Python, as _ops.py has it for the others.
+
+Where there is no kernel of whole rows, they are dropout's own operator and PyTorch's functions
+around it.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _C
+from ._geometry import row_major
+from ._ops import batch_first, ops, register
+
+
+def _add(
+    input, residual, input_bias, colscale, rowscale, key, p, scale, mask_strides, mask_offset, dtype
+):
+    others = (residual, input_bias, colscale, rowscale, key, None, None)
+    _check_rows("dropout_add", input, others, p, mask_strides, 0, dtype, input.dtype)
+    total = input.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    if input_bias is not None:
+        total = total + input_bias
+    if colscale is not None:
+        total = total * colscale
+    if rowscale is not None:
+        total = total * _per_row(rowscale, total)
+    if key is not None:
+        total = ops.apply(total, key, p, scale, mask_strides, mask_offset)
+    if residual is not None:
+        total = total + residual
+    return total.to(dtype, copy=True) if total is input else total.to(dtype)
+
+
+def _add_norm(
+    input, residual, input_bias, colscale, rowscale, key, p, scale, mask_strides, mask_offset,
+    norm_dims, weight, bias, eps, rms, sum_dtype, dtype,
+):  # fmt: skip
+    others = (residual, input_bias, colscale, rowscale, key, weight, bias)
+    _check_rows("dropout_add_norm", input, others, p, mask_strides, norm_dims, sum_dtype, dtype)
+    total = _add(
+        input, residual, input_bias, colscale, rowscale, key, p, scale, mask_strides, mask_offset,
+        sum_dtype,
+    )  # fmt: skip
+    rows, row = input.shape[: input.dim() - norm_dims], input.shape[input.dim() - norm_dims :]
+    x = total.to(torch.float64 if sum_dtype == torch.float64 else torch.float32)
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    if not rms:
+        out, mean, rstd = torch.native_layer_norm(x, row, weight, bias, eps)
+        return out.to(dtype), total.contiguous(), mean.reshape(rows), rstd.reshape(rows)
+    rstd = (x.square().mean(tuple(range(-norm_dims, 0)), keepdim=True) + eps).rsqrt()
+    out = x * rstd if weight is None else x * rstd * weight
+    out = out if bias is None else out + bias
+    return out.to(dtype), total.contiguous(), rstd.new_empty(0), rstd.reshape(rows)
+
+
+def _per_row(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.view(*rows.shape, *[1] * (like.dim() - rows.dim()))
+
+
+def _add_norm_backward(
+    grad_out, grad_sum, total, mean, rstd, weight, key, p, scale, mask_strides, mask_offset,
+    norm_dims, rms, wanted,
+):  # fmt: skip
+    x = total.to(rstd.dtype)
+    if not rms:
+        x = x - _per_row(mean, x)
+    x = x * _per_row(rstd, x)
+    grad = grad_out.to(x.dtype)
+    g = grad if weight is None else grad * weight
+    columns = tuple(range(-norm_dims, 0))
+    rows = tuple(range(total.dim() - norm_dims))
+    to_sum = g - x * (g * x).mean(columns, keepdim=True)
+    if not rms:
+        to_sum = to_sum - g.mean(columns, keepdim=True)
+    to_sum = to_sum * _per_row(rstd, x)
+    if grad_sum is not None:
+        to_sum = to_sum + grad_sum
+    to_input = to_sum
+    if key is not None and wanted[1]:
+        to_input = ops.apply(to_sum, key, p, scale, mask_strides, mask_offset)
+    results = (
+        to_sum.to(total.dtype),
+        to_input.to(grad_out.dtype, copy=True),
+        (grad * x).sum(rows) if rows else grad * x,
+        grad.sum(rows) if rows else grad.clone(),
+    )
+    return tuple(
+        result if want else result.new_empty(0)
+        for result, want in zip(results, wanted, strict=True)
+    )
+
+
+def _activation(input, function, key, p, scale, mask_strides, mask_offset):
+    _C.check_call(input, key, p, None, 0.0, len(mask_strides))
+    activated = (F.gelu, functools.partial(F.gelu, approximate="tanh"), F.silu, F.relu)
+    return ops.apply(activated[function](input), key, p, scale, mask_strides, mask_offset)
+
+
+def _activation_backward(grad, input, function, key, p, scale, mask_strides, mask_offset):
+    _C.check_call(input, key, p, None, 0.0, len(mask_strides))
+    grad = ops.apply(grad, key, p, scale, mask_strides, mask_offset)
+    aten = torch.ops.aten
+    backward = (
+        aten.gelu_backward,
+        functools.partial(aten.gelu_backward, approximate="tanh"),
+        aten.silu_backward,
+        lambda grad, input: aten.threshold_backward(grad, input, 0),
+    )
+    return backward[function](grad, input)
+
+
+def _check_rows(name, input, others, p, mask_strides, norm_dims, sum_dtype, dtype):
+    _C.check_rows(name, input, list(others), p, len(mask_strides), norm_dims, sum_dtype, dtype)
+
+
+def _add_shape(
+    input, residual, input_bias, colscale, rowscale, key, p, scale, mask_strides, mask_offset, dtype
+):
+    others = (residual, input_bias, colscale, rowscale, key, None, None)
+    _check_rows("dropout_add", input, others, p, mask_strides, 0, dtype, input.dtype)
+    scaled = input_bias is not None or colscale is not None or rowscale is not None
+    same = residual is not None and input.dtype == residual.dtype == dtype
+    if same and not scaled and key is not None and p < 1:
+        return torch.empty_like(input)  # by the pass over any layout
+    return torch.empty(input.shape, dtype=dtype, device=input.device)
+
+
+def _add_norm_shape(
+    input, residual, input_bias, colscale, rowscale, key, p, scale, mask_strides, mask_offset,
+    norm_dims, weight, bias, eps, rms, sum_dtype, dtype,
+):  # fmt: skip
+    others = (residual, input_bias, colscale, rowscale, key, weight, bias)
+    _check_rows("dropout_add_norm", input, others, p, mask_strides, norm_dims, sum_dtype, dtype)
+    compute = torch.float64 if sum_dtype == torch.float64 else torch.float32
+    rows = input.shape[: input.dim() - norm_dims]
+    new = functools.partial(torch.empty, device=input.device)
+    return (
+        new(input.shape, dtype=dtype),
+        new(input.shape, dtype=sum_dtype),
+        new((0,) if rms else rows, dtype=compute),
+        new(rows, dtype=compute),
+    )
+
+
+def _add_norm_backward_shape(
+    grad_out, grad_sum, total, mean, rstd, weight, key, p, scale, mask_strides, mask_offset,
+    norm_dims, rms, wanted,
+):  # fmt: skip
+    row = total.shape[total.dim() - norm_dims :]
+    shapes = (total.shape, total.shape, row, row)
+    dtypes = (total.dtype, grad_out.dtype, rstd.dtype, rstd.dtype)
+    return tuple(
+        torch.empty(shape if want else (0,), dtype=dtype, device=total.device)
+        for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
+    )
+
+
+def _activation_shape(input, function, key, p, scale, mask_strides, mask_offset):
+    _C.check_call(input, key, p, None, 0.0, len(mask_strides))
+    return torch.empty_like(input)
+
+
+def _activation_backward_shape(grad, input, *rest):
+    return _activation_shape(input, *rest)
+
+
+# vmap. What several examples share must be one tensor for them to be one call.
+
+
+def _each_example(name, info, in_dims, *args):
+    """One call per example, stacked."""
+    results = [
+        getattr(ops, name)(
+            *(
+                arg if dim is None or not isinstance(arg, Tensor) else arg.select(dim, i)
+                for arg, dim in zip(args, in_dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(
+        results[0]
+    )
+
+
+def _rows_batched(name, info, in_dims, input, residual, input_bias, colscale, rowscale, key, *rest):
+    alone = any(dim is not None for dim in (in_dims[2], in_dims[3], *in_dims[5:])) or (
+        key is not None and key.dim() == 2
+    )
+    if alone:
+        args = (input, residual, input_bias, colscale, rowscale, key, *rest)
+        return _each_example(name, info, in_dims, *args)
+    shape = input.shape if in_dims[0] is None else input.movedim(in_dims[0], 0).shape[1:]
+    p, scale, mask_strides, *others = rest
+    strides = [0, *(mask_strides or row_major(shape))]
+    input, residual, rowscale = (
+        None if tensor is None else batch_first(info, tensor, dim)
+        for tensor, dim in zip((input, residual, rowscale), (*in_dims[:2], in_dims[4]), strict=True)
+    )
+    results = getattr(ops, name)(
+        input, residual, input_bias, colscale, rowscale, key, p, scale, strides, *others
+    )
+    return results, 0 if isinstance(results, Tensor) else (0,) * len(results)
+
+
+def _activation_batched(info, in_dims, input, function, key, *rest):
+    if in_dims[2] is not None or key.dim() == 2:
+        return _each_example("activation", info, in_dims, input, function, key, *rest)
+    p, scale, mask_strides, mask_offset = rest
+    input = batch_first(info, input, in_dims[0])
+    strides = [0, *(mask_strides or row_major(input.shape[1:]))]
+    return ops.activation(input, function, key, p, scale, strides, mask_offset), 0
+
+
+register("add", _add, _add_shape, functools.partial(_rows_batched, "add"))
+register("add_norm", _add_norm, _add_norm_shape, functools.partial(_rows_batched, "add_norm"))
+register(
+    "add_norm_backward",
+    _add_norm_backward,
+    _add_norm_backward_shape,
+    functools.partial(_each_example, "add_norm_backward"),
+)
+register("activation", _activation, _activation_shape, _activation_batched)
+register(
+    "activation_backward",
+    _activation_backward,
+    _activation_backward_shape,
+    functools.partial(_each_example, "activation_backward"),
+)
