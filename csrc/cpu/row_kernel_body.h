@@ -82,9 +82,10 @@ DROPOUT_EXT_INLINE void for_each_kept(Source source, int skip, int64_t n, const 
     at += kGroup;
   };
   if (skip != 0) part_of_group(skip, skip + n);
+  const F whole = f;  // whose address nobody has
   for (constexpr int kStep = kGroupsAtATime * kGroup; at + kStep <= n; at += kStep) {
     source.template next<kGroupsAtATime>(keep);
-    for (int v = 0; v < kGroupsAtATime * kVectors; ++v) f(Whole{at + v * kVector}, keep[v]);
+    for (int v = 0; v < kGroupsAtATime * kVectors; ++v) whole(Whole{at + v * kVector}, keep[v]);
   }
   while (at < n) part_of_group(0, n - at);
 }
