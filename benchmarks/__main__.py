@@ -32,7 +32,7 @@ except ImportError as error:  # GPU machines without a network may have nothing 
     tables, missing = None, error
 
 SECTIONS = (
-    "micro", "bars", "family", "hugepages", "statistics", "training", "models", "peers"
+    "micro", "bars", "family", "hugepages", "fused", "statistics", "training", "models", "peers"
 )  # fmt: skip
 # Of each process on the CPU its environment and the sections that it may run. Models are apart,
 # because what a process allocated before decides how often an allocation has to be paged in.
@@ -40,8 +40,8 @@ PROCESSES = (
     ("default", ("micro", "bars", "statistics", "training", "peers")),
     ("default", ("models",)),
     ("resident", ("bars", "family")),
-    ("hugepages", ("hugepages",)),
-    ("avx2", ("bars",)),
+    ("hugepages", ("hugepages", "fused")),
+    ("avx2", ("bars", "fused")),
     ("portable", ("bars",)),
 )
 ON_GPU = ("statistics", "models", "training")

@@ -38,6 +38,7 @@ class Side:
     threads: int | None = None
     shared: tuple[int, ...] = ()  # dimensions along which the keep mask is the same
     formula: str = "scale"
+    reference: str = ""  # in place of the formula: float64, over `keep` and the set-up's names
     optional: bool = False  # left out, with a note, when its set-up fails
 
 
@@ -324,8 +325,130 @@ def peers(quick):
     yield Case("peers", "forward and backward", "float32", (Mi,), sides)
 
 
+TENSORS = """
+r = torch.randn(x.shape, generator=generator).to(x.dtype)
+w, b = (torch.randn(x.shape[-1], generator=generator).to(x.dtype) for _ in range(2))
+n = x.shape[-1:]
+g = torch.ones_like(x)
+"""
+LEAVES = TENSORS + "leaves = [t.requires_grad_() for t in (x, r, w, b)]\n"
+RMS_LEAVES = LEAVES + "del leaves[3]\n"
+SUM = "(torch.where(keep, x.double(), 0) * c + r.double())"
+
+
+def norms(name, ours, theirs, reference, shape, dtype, environment, avx2):
+    """The fused norm against PyTorch's add and norm without dropout, and with it."""
+    large, single = shape == (4096, 1024), dtype == "float32"
+    leaves = RMS_LEAVES if "rms" in name else LEAVES
+    dropped = theirs.replace("x + r", "F.dropout(x, p) + r")
+
+    def case(op, statement, setup, threads, *bars):
+        sides = (
+            Side("p = 0", "torch", statement(theirs), setup),
+            Side("fused", "ours", statement(ours), setup, reference=reference),
+            Side("nn.Dropout", "peer", statement(dropped), setup),
+            Side("torch.add(x, r)", "floor", "torch.add(x, r)", setup),
+        )
+        label = f"{name} {op}, {dtype}, {shape[0]} x {shape[1]}"
+        return Case(
+            "fused", op, dtype, shape, sides, label, threads, environment,
+            bars=tuple(Bar(of, over, sense, limit) for of, over, sense, limit in bars),
+        )  # fmt: skip
+
+    def gradient(expression):
+        return f"torch.autograd.grad({expression}, leaves, g)"
+
+    p0, least = ("fused", "p = 0", "<="), ("nn.Dropout", "fused", ">=")
+    if avx2:
+        yield case("forward", str, TENSORS, 1, (*p0, 1.0))
+        return
+    faster = 8 if single and large else 10
+    yield case("forward", str, TENSORS, 1, (*p0, 0.65), (*least, faster))
+    yield case("forward", str, TENSORS, 2, (*p0, 0.75))
+    both = (*p0, 1.15 if single and large else 1.0)
+    yield case("forward, backward", gradient, leaves, 1, both)
+
+    def kept(expression):
+        return leaves + f"z = {expression}"
+
+    sides = [
+        Side(side, role, "torch.autograd.grad(z, leaves, g, retain_graph=True)", kept(expression))
+        for side, role, expression in (
+            ("p = 0", "torch", theirs),
+            ("fused", "ours", ours),
+            ("nn.Dropout", "peer", dropped),
+        )
+    ]
+    limit = 2 if not single else 1.15 if large else 1.5
+    yield Case(
+        "fused", "backward", dtype, shape, tuple(sides),
+        f"{name} backward, {dtype}, {shape[0]} x {shape[1]}", 1, environment,
+        bars=(Bar(*least, limit),),
+    )  # fmt: skip
+
+
+def fused_with(quick, environment):
+    """Dropout fused with its neighbours."""
+    shapes = ((512, 768),) if quick else ((4096, 1024), (512, 768))
+    avx2 = environment == "avx2"
+    module = "dropout_ext"
+    layer = (
+        f"{module}.dropout_add_layer_norm(x, r, n, w, b, p=p)",
+        "F.layer_norm(x + r, n, w, b)",
+        f"F.layer_norm({SUM}, n, w.double(), b.double())",
+    )
+    rms = (
+        f"{module}.dropout_add_rms_norm(x, r, n, w, p=p)",
+        "F.rms_norm(x + r, n, w)",
+        f"F.rms_norm({SUM}, n, w.double(), torch.finfo(torch.float32).eps)",
+    )
+    for shape in shapes:
+        for dtype in ("float32", "bfloat16"):
+            yield from norms("layer_norm", *layer, shape, dtype, environment, avx2)
+            yield from norms("rms_norm", *rms, shape, dtype, environment, avx2)
+            if avx2:
+                continue
+            for name, ours, theirs, reference, limit in (
+                ("dropout_add", "dropout_add(x, r, p)", "torch.add(x, r)", SUM, 1.4),
+                ("gelu", "activation_dropout(x, 'gelu', p)", "F.gelu(x)",
+                 "torch.where(keep, F.gelu(x.double()), 0) * c", 1.25),
+                ("gelu (tanh)", "activation_dropout(x, 'gelu', p, approximate='tanh')",
+                 "F.gelu(x, approximate='tanh')",
+                 "torch.where(keep, F.gelu(x.double(), approximate='tanh'), 0) * c", 0.5),
+                ("silu", "activation_dropout(x, 'silu', p)", "F.silu(x)",
+                 "torch.where(keep, F.silu(x.double()), 0) * c", 1.0),
+                ("relu", "activation_dropout(x, 'relu', p)", "F.relu(x)",
+                 "torch.where(keep, F.relu(x.double()), 0) * c", 1.4),
+            ):  # fmt: skip
+                sides = (
+                    Side("p = 0", "torch", theirs, TENSORS),
+                    Side("fused", "ours", f"{module}.{ours}", TENSORS, reference=reference),
+                )
+                label = f"{name}, {dtype}, {shape[0]} x {shape[1]}"
+                yield Case(
+                    "fused", "forward", dtype, shape, sides, label, 1, environment,
+                    bars=(Bar("fused", "p = 0", "<=", limit),),
+                )  # fmt: skip
+    if not avx2:
+        sides = (
+            Side("p = 0", "torch", layer[1], LEAVES),
+            Side("fused", "ours", layer[0], LEAVES, reference=layer[2]),
+        )
+        yield Case(
+            "fused", "forward, graph", "float32", (8, 64), sides,
+            "layer_norm forward with grad, float32, 8 x 64", 1, environment,
+            bars=(Bar("fused", "p = 0", "<=", 1.0),),
+        )  # fmt: skip
+
+
+def fused(quick):
+    for environment in ("hugepages",) if quick else ("hugepages", "avx2"):
+        yield from fused_with(quick, environment)
+
+
 SECTIONS = {
     "micro": micro,
+    "fused": fused,
     "bars": bars,
     "family": family,
     "hugepages": hugepages,

@@ -199,6 +199,7 @@ def show(table, console):
         listing(table, "gpu host", "Host time per call"),
         listing(table, "gpu memory", "Peak memory in bytes"),
         comparison(table, "gpu", "nn.Dropout and dropout_ext.Dropout on the GPU"),
+        listing(table, "fused", "Fused with residual, norm and activation"),
         comparison(table, "hugepages", "Fresh outputs on huge pages (THP_MEM_ALLOC_ENABLE=1)"),
         comparison(table, "micro", "nn.Dropout and dropout_ext.Dropout"),
         bars(table),

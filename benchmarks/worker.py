@@ -14,7 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 
-MICRO = ("micro", "bars", "family", "hugepages", "peers")
+MICRO = ("micro", "bars", "family", "hugepages", "fused", "peers")
 MODULES = {"statistics": "moments", "training": "digits", "models": "models", "gpu": "gpu"}
 
 

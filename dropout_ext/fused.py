@@ -91,6 +91,13 @@ def dropout_add(
         tensor([[12., 10., 10., 10.],
                 [12., 10., 10., 12.]])
     """
+    if broadcast_dims is None and mask_strides is None and not is_dynamo_compiling():
+        out = _C.eager_rows(
+            input, residual, p, training, key, generator, input_bias, colscale, rowscale, None,
+            mask_offset, dtype,
+        )  # fmt: skip
+        if out is not NotImplemented:
+            return out
     tensors = (input, residual, input_bias, colscale, rowscale)
     if has_torch_function(tensors):
         return handle_torch_function(
@@ -217,6 +224,13 @@ def dropout_add_layer_norm(
         >>> z
         tensor([[ 0.0000, -1.4142,  0.0000,  1.4142]])
     """
+    if broadcast_dims is None and mask_strides is None and not is_dynamo_compiling():
+        out = _C.eager_rows(
+            input, residual, p, training, key, generator, input_bias, colscale, rowscale, None,
+            mask_offset, sum_dtype, normalized_shape, weight, bias, eps, False, dtype, return_sum,
+        )  # fmt: skip
+        if out is not NotImplemented:
+            return out
     norm = _rows.Norm(normalized_shape, weight, bias, eps, False, dtype, return_sum)
     return _normed(
         dropout_add_layer_norm, input, residual, p, training, norm, sum_dtype, input_bias, colscale,
@@ -296,6 +310,13 @@ def dropout_add_rms_norm(
         >>> dropout_ext.dropout_add_rms_norm(x, r, 4, eps=0.0, key=k)
         tensor([[2., 0., 0., 0.]])
     """
+    if broadcast_dims is None and mask_strides is None and not is_dynamo_compiling():
+        out = _C.eager_rows(
+            input, residual, p, training, key, generator, input_bias, colscale, rowscale, None,
+            mask_offset, sum_dtype, normalized_shape, weight, None, eps, True, dtype, return_sum,
+        )  # fmt: skip
+        if out is not NotImplemented:
+            return out
     norm = _rows.Norm(normalized_shape, weight, None, eps, True, dtype, return_sum)
     return _normed(
         dropout_add_rms_norm, input, residual, p, training, norm, sum_dtype, input_bias, colscale,

@@ -71,9 +71,8 @@ PyObject* eager_rows(PyObject*, PyObject* const* args, Py_ssize_t n) {
     Py_RETURN_NOTIMPLEMENTED;
   }
   for (const int i : {1, 6, 7, 8, 13, 14}) {
-    if (i < n && args[i] != Py_None && THPVariable_Check(args[i]) && !is_plain(args[i])) {
-      Py_RETURN_NOTIMPLEMENTED;
-    }
+    if (i >= n || args[i] == Py_None || is_plain(args[i])) continue;
+    if (THPVariable_Check(args[i]) || has_torch_function(args[i])) Py_RETURN_NOTIMPLEMENTED;
   }
   const bool norm = n > 12;
   RowCall call{.input = THPVariable_Unpack(args[0]),

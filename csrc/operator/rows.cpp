@@ -1,6 +1,7 @@
 #include "rows.h"
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -51,6 +52,9 @@ void check_beside(const char* function, const char* name, const Tensor& tensor, 
 // Of the compute type, one row.
 Tensor row_of(const Tensor& tensor, ScalarType compute, at::IntArrayRef sizes) {
   if (!tensor.defined()) return tensor;
+  if (tensor.scalar_type() == compute && tensor.sizes() == sizes && tensor.is_contiguous()) {
+    return tensor;
+  }
   return tensor.to(compute).expand(sizes).contiguous();
 }
 
@@ -203,13 +207,16 @@ AddNorm add_norm_kernel(const RowCall& call, ScalarType sum_dtype, ScalarType dt
   if (call.keeps_nothing()) return add_norm_kernel(of_zeros(call), sum_dtype, dtype);
   const Tensor& input = call.input;
   const auto sizes = input.sizes();
-  const auto options = input.options();
   const auto row_sizes = sizes.slice(0, input.dim() - call.norm_dims);
   const ScalarType compute = compute_type(sum_dtype);
-  Tensor sum = at::empty(sizes, options.dtype(sum_dtype));
-  Tensor out = at::empty(sizes, options.dtype(dtype));
-  Tensor mean = at::empty(call.rms ? at::IntArrayRef{0} : row_sizes, options.dtype(compute));
-  Tensor rstd = at::empty(row_sizes, options.dtype(compute));
+  // Past the dispatcher, which takes 0.4 us each time.
+  const auto empty = [](at::IntArrayRef shape, ScalarType type) {
+    return at::detail::empty_cpu(shape, type);
+  };
+  Tensor sum = empty(sizes, sum_dtype);
+  Tensor out = empty(sizes, dtype);
+  Tensor mean = empty(call.rms ? at::IntArrayRef{0} : row_sizes, compute);
+  Tensor rstd = empty(row_sizes, compute);
   if (sum.numel() > 0) {
     run_rows(call, sum, out, call.rms ? Tensor() : mean, rstd);
   } else {

@@ -78,43 +78,51 @@ Tensor composed_norm(const Tensor& sum, const RowCall& call, ScalarType dtype) {
 
 // What a Function needs again in its backward, besides tensors.
 void save(AutogradContext* ctx, const RowCall& call) {
-  ctx->saved_data["p"] = call.p;
-  ctx->saved_data["scale"] = call.scale;
+  ctx->saved_data["numbers"] = std::vector<double>{call.p, call.scale, call.eps};
+  const auto dtype_of = [](const Tensor& tensor) {
+    return tensor.defined() ? static_cast<int64_t>(tensor.scalar_type()) : -1;
+  };
+  ctx->saved_data["layout"] = std::vector<int64_t>{call.norm_dims, call.rms, dtype_of(call.input),
+                                                   dtype_of(call.residual), dtype_of(call.bias)};
   if (!call.mask_strides.empty()) {
     ctx->saved_data["mask_strides"] = call.mask_strides;
   }
-  ctx->saved_data["mask_offset"] = call.mask_offset;
-  ctx->saved_data["norm_dims"] = call.norm_dims;
-  ctx->saved_data["eps"] = call.eps;
-  ctx->saved_data["rms"] = call.rms;
-  ctx->saved_data["input_dtype"] = call.input.scalar_type();
-  if (call.residual.defined()) ctx->saved_data["residual_dtype"] = call.residual.scalar_type();
-  if (call.bias.defined()) ctx->saved_data["bias_dtype"] = call.bias.scalar_type();
+  if (call.mask_offset != 0) ctx->saved_data["mask_offset"] = call.mask_offset;
 }
 
 struct Saved {
-  AutogradContext* ctx;
+  std::vector<double> numbers;
+  std::vector<int64_t> layout;
   std::vector<SymInt> mask_strides;
+  SymInt mask_offset = 0;
 
-  explicit Saved(AutogradContext* ctx) : ctx(ctx) {
-    const auto it = ctx->saved_data.find("mask_strides");
-    if (it == ctx->saved_data.end()) return;
-    for (const c10::IValue& stride : it->second.toListRef()) {
-      mask_strides.push_back(stride.toSymInt());
+  explicit Saved(AutogradContext* ctx)
+      : numbers(ctx->saved_data.at("numbers").toDoubleVector()),
+        layout(ctx->saved_data.at("layout").toIntVector()) {
+    const auto& data = ctx->saved_data;
+    if (const auto it = data.find("mask_offset"); it != data.end()) {
+      mask_offset = it->second.toSymInt();
+    }
+    if (const auto it = data.find("mask_strides"); it != data.end()) {
+      for (const c10::IValue& stride : it->second.toListRef()) {
+        mask_strides.push_back(stride.toSymInt());
+      }
     }
   }
-  const c10::IValue& at(const char* name) const { return ctx->saved_data.at(name); }
-  ScalarType dtype(const char* name) const { return at(name).toScalarType(); }
-  bool has(const char* name) const { return ctx->saved_data.count(name) != 0; }
+  ScalarType input_dtype() const { return static_cast<ScalarType>(layout[2]); }
+  ScalarType residual_dtype() const { return static_cast<ScalarType>(layout[3]); }
+  ScalarType bias_dtype() const { return static_cast<ScalarType>(layout[4]); }
+  bool has_residual() const { return layout[3] >= 0; }
+  bool has_bias() const { return layout[4] >= 0; }
   RowCall call(const Tensor& key) const {
     return {.key = key,
-            .p = at("p").toDouble(),
-            .scale = at("scale").toDouble(),
+            .p = numbers[0],
+            .scale = numbers[1],
             .mask_strides = mask_strides,
-            .mask_offset = at("mask_offset").toSymInt(),
-            .norm_dims = at("norm_dims").toInt(),
-            .eps = at("eps").toDouble(),
-            .rms = at("rms").toBool()};
+            .mask_offset = mask_offset,
+            .norm_dims = layout[0],
+            .eps = numbers[2],
+            .rms = layout[1] != 0};
   }
   // With what the scales need, if there are some.
   RowCall call(const variable_list& saved) const {
@@ -183,8 +191,8 @@ struct AddFunction : torch::autograd::Function<AddFunction> {
     if (!grads[0].defined()) return out;
     const variable_list saved = ctx->get_saved_variables();
     const Saved data(ctx);
-    if (data.has("residual_dtype")) out[1] = grads[0].to(data.dtype("residual_dtype"));
-    set_input_gradients(out, grads[0], data.call(saved), data.dtype("input_dtype"));
+    if (data.has_residual()) out[1] = grads[0].to(data.residual_dtype());
+    set_input_gradients(out, grads[0], data.call(saved), data.input_dtype());
     return out;
   }
 };
@@ -221,26 +229,27 @@ struct AddNormFunction : torch::autograd::Function<AddNormFunction> {
                                const optional<Tensor>& /*input_bias*/,
                                const optional<Tensor>& /*colscale*/,
                                const optional<Tensor>& /*weight*/, const optional<Tensor>& /*bias*/,
-                               const RowCall& call, ScalarType sum_dtype, ScalarType dtype) {
+                               const RowCall& call, ScalarType sum_dtype, ScalarType dtype,
+                               AddNorm* result) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [out, sum, mean, rstd] = add_norm(call, sum_dtype, dtype);
+    *result = add_norm(call, sum_dtype, dtype);
+    const auto& [out, sum, mean, rstd] = *result;
     ctx->save_for_backward({call.key, call.has_scales() ? input : Tensor(), call.input_bias,
                             call.colscale, call.rowscale, sum, mean, rstd, call.weight});
-    ctx->mark_non_differentiable({mean, rstd});
     ctx->set_materialize_grads(false);
     save(ctx, call);
-    return {out, sum, mean, rstd};
+    return {out, sum};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list out(9);
+    variable_list out(10);
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &grad_out = grads[0], &grad_sum_in = grads[1], &sum = saved[5], &weight = saved[8];
     if (!grad_out.defined() && !grad_sum_in.defined()) return out;
     const Saved data(ctx);
     RowCall call = data.call(saved);
     call.weight = weight;
-    const ScalarType input_dtype = data.dtype("input_dtype");
-    const bool has_residual = data.has("residual_dtype"), has_bias = data.has("bias_dtype");
+    const ScalarType input_dtype = data.input_dtype();
+    const bool has_residual = data.has_residual(), has_bias = data.has_bias();
     Tensor grad_sum, grad_input, grad_weight, grad_bias;
     if (!grad_out.defined()) {
       grad_sum = grad_sum_in;
@@ -262,8 +271,8 @@ struct AddNormFunction : torch::autograd::Function<AddNormFunction> {
       if (input_too) out[0] = grad_input;
     }
     if (weight.defined() && grad_weight.defined()) out[4] = grad_weight.to(weight.scalar_type());
-    if (has_bias && grad_bias.defined()) out[5] = grad_bias.to(data.dtype("bias_dtype"));
-    if (has_residual) out[1] = grad_sum.to(data.dtype("residual_dtype"));
+    if (has_bias && grad_bias.defined()) out[5] = grad_bias.to(data.bias_dtype());
+    if (has_residual) out[1] = grad_sum.to(data.residual_dtype());
     if (!out[0].defined()) set_input_gradients(out, grad_sum, call, input_dtype);
     return out;
   }
@@ -302,7 +311,7 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
     const Saved data(ctx);
     const RowCall saved_call = data.call(saved[0]);
     const Call call = saved_call.dropout();
-    const int64_t function = data.at("function").toInt();
+    const int64_t function = ctx->saved_data.at("function").toInt();
     const Tensor& x = saved[1];
     if (!at::GradMode::is_enabled() && !any_needs_composition(grads[0], x)) {
       return {activation_backward(grads[0], x, function, call), Tensor(), Tensor()};
@@ -345,10 +354,12 @@ AddNorm add_norm_autograd(const RowCall& call, ScalarType sum_dtype, ScalarType 
     return {composed_norm(sum, call, dtype), sum, none, none};
   }
   if (any_needs_graph(input, residual, input_bias, colscale, weight, bias)) {
+    // The moments have no gradient and are results of the operator alone.
+    AddNorm result;
     const variable_list out =
         AddNormFunction::apply(input, maybe(residual), maybe(input_bias), maybe(colscale),
-                               maybe(weight), maybe(bias), call, sum_dtype, dtype);
-    return {out[0], out[1], out[2], out[3]};
+                               maybe(weight), maybe(bias), call, sum_dtype, dtype, &result);
+    return {out[0], out[1], std::get<2>(result), std::get<3>(result)};
   }
   const at::AutoDispatchBelowAutograd guard;
   return add_norm(call, sum_dtype, dtype);
