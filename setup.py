@@ -115,7 +115,7 @@ def with_torch(torch) -> dict:
     # The torch version is on the command line so that another torch recompiles everything: ninja
     # does not track system headers.
     macros = [("DROPOUT_EXT_TORCH_VERSION", f'"{torch.__version__}"')]
-    files = sources("csrc/operator/*.cpp", "csrc/cpu/*.cpp")
+    files = sources("csrc/operator/*.cpp", "csrc/cpu/*.cpp", "csrc/attention/*.cpp")
     if cuda_home:
         gpus = range(torch.cuda.device_count())
         capabilities = [torch.cuda.get_device_capability(gpu) for gpu in gpus]

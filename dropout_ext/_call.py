@@ -93,12 +93,12 @@ def check(input: Tensor, call: Call) -> None:
 # The checks of csrc/operator/bindings.cpp that a compiler must trace.
 
 
-def check_tensor(input: Tensor) -> None:
+def check_tensor(input: Tensor, function: str = "dropout()", name: str = "input") -> None:
     if not isinstance(input, Tensor):
-        raise TypeError(f"dropout(): argument 'input' must be Tensor, not {type(input).__name__}")
+        raise TypeError(f"{function}: argument '{name}' must be Tensor, not {type(input).__name__}")
 
 
-def check_probability(p: float) -> None:
+def check_probability(p: float, function: str = "dropout()", name: str = "p") -> None:
     try:
         # float() would take text. math.isnan() would not, but is not traced for a symbolic p.
         value = None if isinstance(p, (str, bytes)) else float(p)
@@ -107,25 +107,30 @@ def check_probability(p: float) -> None:
     except (TypeError, ValueError):
         value = None
     if value is None:
-        raise TypeError(f"dropout(): argument 'p' must be float, not {type(p).__name__}")
+        raise TypeError(f"{function}: argument '{name}' must be float, not {type(p).__name__}")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {value}")
 
 
-def check_source(key: Tensor | None, generator: torch.Generator | None) -> None:
+def check_source(
+    key: Tensor | None,
+    generator: torch.Generator | None,
+    function: str = "dropout()",
+    name: str = "key",
+) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
-            "dropout(): argument 'generator' must be torch.Generator, not "
+            f"{function}: argument 'generator' must be torch.Generator, not "
             f"{type(generator).__name__}"
         )
     if key is not None and generator is not None:
         raise ValueError(
-            "dropout(): arguments 'key' and 'generator' exclude each other: a key is drawn from a "
-            "generator only where none is given"
+            f"{function}: arguments '{name}' and 'generator' exclude each other: a key is drawn "
+            "from a generator only where none is given"
         )
     if key is not None and not isinstance(key, Tensor):
         raise TypeError(
-            "dropout(): argument 'key' must be a Tensor (dropout_ext.key makes one), not "
+            f"{function}: argument '{name}' must be a Tensor (dropout_ext.key makes one), not "
             f"{type(key).__name__}"
         )
 

@@ -7,12 +7,17 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.overrides import has_torch_function_unary
+from torch.overrides import (
+    handle_torch_function,
+    has_torch_function,
+    has_torch_function_unary,
+)
 
-from . import _C, _geometry, _ops
-from ._call import Call, check_probability, check_tensor, run
+from . import _C, _attention, _geometry, _ops
+from ._call import Call, check_probability, check_source, check_tensor, run
 from ._torch_function import overridable, overridden
 
 __all__ = [
@@ -25,6 +30,7 @@ __all__ = [
     "feature_alpha_dropout",
     "keep_mask",
     "locked_dropout",
+    "scaled_dot_product_attention",
 ]
 
 # The limit of SELU at minus infinity, negated: scale * alpha of Klambauer, Unterthiner, Mayr and
@@ -521,6 +527,99 @@ def locked_dropout(
     check_probability(p)
     strides = _geometry.mask_strides(input.shape, (dim,), name="dim")
     return run(input, Call(p, training, inplace, key, generator)._replace(mask_strides=strides))
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    dropout_key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Attention with dropout on the weights, as
+    :func:`torch.nn.functional.scaled_dot_product_attention`:
+    dropout(softmax(scale * query @ key^T + attn_mask), dropout_p, key=dropout_key) @ value.
+
+    On the CPU one kernel computes it over blocks of queries and keys, backward too, and no (L, S)
+    matrix is stored. It is composed of PyTorch's operators on other devices, and on the CPU where
+    `attn_mask` requires a gradient, in forward mode, under functorch, and for the gradient of a
+    gradient. With `dropout_p` = 0 it is PyTorch's function itself.
+
+    Dao, Fu, Ermon, Rudra, Re, "FlashAttention: fast and memory-efficient exact attention with
+    IO-awareness", NeurIPS 2022.
+
+    Args:
+        query (Tensor): (..., H, L, E), any strides; float64, float32, float16 or bfloat16. 16-bit
+            types are computed in float32 and rounded at the end.
+        key (Tensor): (..., H, S, E), of the dtype of `query`.
+        value (Tensor): (..., H, S, Ev), of the dtype of `query`.
+        attn_mask (Tensor, optional): broadcastable to (..., H, L, S): bool, True where a query sees
+            a key, or float32 or of the dtype of `query`, added to the scores. The output of a query
+            that sees no key is 0, and so are its gradients. Default: None
+        dropout_p (float): probability that a weight is dropped, 0 to 1. There is no `training`:
+            pass 0.0 in evaluation. Default: 0.0
+        is_causal (bool): query i sees keys 0 to i; not together with `attn_mask`. Default: False
+        scale (float, optional): of the scores. Default: None, 1 / sqrt(E)
+        enable_gqa (bool): heads of `key` and `value` are shared by consecutive heads of `query`,
+            whose number theirs divides. Default: False
+        dropout_key (Tensor, optional): what decides the mask, see :func:`dropout_ext.key`: uint64
+            or int64 of shape (2,), or (n, 2) with n the size of dimension 0 of the weights for a
+            key per slice, on the CPU or the device of `query`. Default: None, a key is drawn
+        generator (torch.Generator, optional): what to draw the key from, on the CPU or the device
+            of `query`; not together with `dropout_key`. Default: None, the device's default
+            generator
+
+    Shape:
+        - query, key, value: as above; their batch dimensions (..., H), any number of them,
+          broadcast as in a matrix product
+        - weights, whose mask is that of :func:`keep_mask`: (..., H, L, S)
+        - output: (..., H, L, Ev)
+
+    Returns:
+        Tensor: of the dtype and device of `query`.
+
+    Raises:
+        ValueError: `dropout_p` outside [0, 1] or NaN; a key of another shape or device; both a key
+            and a generator.
+        TypeError: an argument of another type or dtype.
+        RuntimeError: what PyTorch's function raises for shapes, dtypes and masks that do not match.
+
+    Example:
+        >>> k = dropout_ext.key(seed=42)
+        >>> query = torch.zeros(2, 4)  # that sees all keys alike
+        >>> key, value = torch.zeros(4, 4), torch.eye(4)
+        >>> dropout_ext.functional.scaled_dot_product_attention(
+        ...     query, key, value, dropout_p=0.5, dropout_key=k
+        ... )
+        tensor([[0.5000, 0.0000, 0.0000, 0.0000],
+                [0.5000, 0.0000, 0.0000, 0.5000]])
+    """
+    tensors = (query, key, value, attn_mask)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            scaled_dot_product_attention, tensors, *tensors, dropout_p=dropout_p,
+            is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, dropout_key=dropout_key,
+            generator=generator,
+        )  # fmt: skip
+    function = "scaled_dot_product_attention()"
+    check_tensor(query, function, "query")
+    check_tensor(key, function, "key")
+    check_tensor(value, function, "value")
+    check_probability(dropout_p, function, "dropout_p")
+    check_source(dropout_key, generator, function, "dropout_key")
+    if dropout_p == 0:
+        return F.scaled_dot_product_attention(
+            *tensors, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return _attention.attention(
+        *tensors, dropout_p, is_causal, scale, enable_gqa, dropout_key, generator
+    )
 
 
 def keep_mask(
