@@ -13,6 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.parameter import Buffer, Parameter
 from torch.overrides import TorchFunctionMode
 
+from . import _attention as _sdpa
 from . import functional
 from ._call import Call
 
@@ -134,21 +135,13 @@ def _attention(
     """
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
     options = {"scale": scale, "enable_gqa": enable_gqa}
-    if not _drops(dropout_p) or not all(isinstance(t, Tensor) for t in arguments[:3]):
-        return F.scaled_dot_product_attention(*arguments, **options)
-    device = query.device.type
-    tensors = arguments[:4]
-    autocast = torch.is_autocast_enabled(device)
-    if autocast:
-        tensors = _autocast(device, tensors)
-    if not _is_valid(*tensors, is_causal, scale, enable_gqa) or not _takes_math_path(
-        *tensors, dropout_p, is_causal, scale, enable_gqa
-    ):
-        return F.scaled_dot_product_attention(*arguments, **options)
-    if not autocast:
-        return _compose(*tensors, dropout_p, is_causal, scale, enable_gqa)
-    with torch.autocast(device, enabled=False):
-        return _compose(*tensors, dropout_p, is_causal, scale, enable_gqa)
+    if _drops(dropout_p) and all(isinstance(t, Tensor) for t in arguments[:3]):
+        tensors = _sdpa.cast(query.device.type, arguments[:4])
+        if _sdpa.accepts(*tensors, is_causal, scale, enable_gqa) and _takes_math_path(
+            *tensors, dropout_p, is_causal, scale, enable_gqa
+        ):
+            return _sdpa.attention(*arguments, scale, enable_gqa, None, None)
+    return F.scaled_dot_product_attention(*arguments, **options)
 
 
 def _drops(dropout_p) -> bool:
@@ -158,81 +151,11 @@ def _drops(dropout_p) -> bool:
         return False
 
 
-def _autocast(device, tensors):
-    """The tensors as the operator gets them: autocast casts floats other than float64."""
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype)
-        if isinstance(t, Tensor)
-        and t.is_floating_point()
-        and t.dtype != torch.float64
-        and t.device.type == device
-        else t
-        for t in tensors
-    )
-
-
-def _is_valid(query, key, value, attn_mask, is_causal, scale, enable_gqa) -> bool:
-    """Whether PyTorch's math path would take the arguments."""
-    tensors = (query, key, value)
-    dtype, device = query.dtype, query.device
-    if not dtype.is_floating_point or not all(
-        t.dim() >= 2
-        and not t.is_nested
-        and t.layout == torch.strided
-        and t.dtype == dtype
-        and t.device == device
-        for t in tensors
-    ):
-        return False
-    if not (isinstance(is_causal, bool) and isinstance(enable_gqa, bool)):
-        return False
-    if not (scale is None or isinstance(scale, (int, float))):
-        return False
-    batches = [tuple(t.shape[:-2]) for t in tensors]
-    if enable_gqa:
-        if any(len(batch) == 0 for batch in batches):
-            return False
-        heads = batches[0][-1]
-        if any(batch[-1] == 0 or heads % batch[-1] != 0 for batch in batches):
-            return False
-        batches = [(*batch[:-1], heads) for batch in batches]
-    length, size = query.shape[-2:]
-    if key.size(-1) != size or key.size(-2) != value.size(-2):
-        return False
-    batch = _broadcast(batches[0], batches[1])
-    if batch is None or _broadcast(batch, batches[2]) is None:
-        return False
-    if attn_mask is None:
-        return True
-    if not (
-        isinstance(attn_mask, Tensor)
-        and not is_causal
-        and attn_mask.layout == torch.strided
-        and attn_mask.device == device
-        and attn_mask.dtype in (torch.bool, torch.float32, dtype)
-    ):
-        return False
-    weights = (*batch, length, key.size(-2))
-    return _broadcast(weights, tuple(attn_mask.shape)) == weights  # it may not enlarge them
-
-
-def _broadcast(a, b):
-    """The shape that `a` and `b` broadcast to, None if they do not."""
-    n = max(len(a), len(b))
-    shape = []
-    for x, y in zip((1,) * (n - len(a)) + a, (1,) * (n - len(b)) + b, strict=True):
-        if x != y and x != 1 and y != 1:
-            return None
-        shape.append(y if x == 1 else x)
-    return tuple(shape)
-
-
 def _takes_math_path(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> bool:
     """Whether PyTorch would materialise the attention matrix and drop from it."""
     if query.device.type == "cpu":
         # With dropout, its only path there. Without it, by `sdpa_kernel`, the call is an error.
-        return _math_path_flags()[0]
+        return _sdpa.math_path_flags()[0]
     if query.device.type != "cuda" or torch.compiler.is_compiling():
         return False
     # What the C++ function asks itself; nothing public tells.
@@ -240,41 +163,6 @@ def _takes_math_path(query, key, value, attn_mask, dropout_p, is_causal, scale, 
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     return choice == torch.nn.attention.SDPBackend.MATH.value
-
-
-def _math_path_flags() -> tuple[bool, bool]:
-    """Whether PyTorch's math path is enabled; whether it keeps to 16 bits for types of 16."""
-    flags = torch.backends.cuda
-    return flags.math_sdp_enabled(), flags.fp16_bf16_reduction_math_sdp_allowed()
-
-
-# Dynamo cannot trace the flags. torch.compiler.assume_constant_result does this, and loads Dynamo.
-_math_path_flags._dynamo_marked_constant = True
-
-
-def _compose(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Tensor:
-    """aten::_scaled_dot_product_attention_math: 16-bit types in float32, rounded at the end."""
-    dtype = query.dtype
-    if dtype in (torch.float16, torch.bfloat16) and not _math_path_flags()[1]:
-        query, key, value = query.float(), key.float(), value.float()
-    if enable_gqa:
-        key, value = (t.repeat_interleave(query.size(-3) // t.size(-3), -3) for t in (key, value))
-    if scale is None:
-        scale = max(query.size(-1), 1) ** -0.5  # over no dimension all scores are 0, whatever scale
-    if is_causal:
-        attn_mask = query.new_ones(query.size(-2), key.size(-2), dtype=torch.bool).tril()
-    # Scaling the product would be a pass over a larger tensor.
-    scores = (query * scale) @ key.transpose(-2, -1)
-    if attn_mask is None:
-        weights = scores.softmax(-1)
-    else:
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(
-                ~attn_mask, -torch.inf
-            )
-        # Rows that the mask leaves nothing of become 0, not NaN.
-        weights = torch.ops.aten._safe_softmax((scores + attn_mask).to(scores.dtype), -1)
-    return (functional.dropout(weights, dropout_p) @ value).to(dtype)
 
 
 def _never(tensors) -> bool:

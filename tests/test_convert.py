@@ -39,7 +39,8 @@ class Operators(TorchDispatchMode):
 
     @property
     def who(self):
-        ours = any(name.startswith("dropout_ext::apply") for name in self.names)
+        ours = ("dropout_ext::apply", "dropout_ext::attention")
+        ours = any(name.startswith(ours) for name in self.names)
         theirs = "aten::bernoulli_.float" in self.names
         return {(True, False): "ours", (False, True): "torch", (False, False): "nobody"}.get(
             (ours, theirs), "both"
