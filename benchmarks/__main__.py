@@ -32,7 +32,8 @@ except ImportError as error:  # GPU machines without a network may have nothing 
     tables, missing = None, error
 
 SECTIONS = (
-    "micro", "bars", "family", "hugepages", "fused", "statistics", "training", "models", "peers"
+    "micro", "bars", "family", "hugepages", "fused", "statistics", "training", "models",
+    "attention", "peers",
 )  # fmt: skip
 # Of each process on the CPU its environment and the sections that it may run. Models are apart,
 # because what a process allocated before decides how often an allocation has to be paged in.
@@ -41,6 +42,7 @@ PROCESSES = (
     ("default", ("models",)),
     ("resident", ("bars", "family")),
     ("hugepages", ("hugepages", "fused")),
+    ("hugepages", ("attention",)),
     ("avx2", ("bars", "fused")),
     ("portable", ("bars",)),
 )

@@ -15,7 +15,13 @@ import traceback
 from pathlib import Path
 
 MICRO = ("micro", "bars", "family", "hugepages", "fused", "peers")
-MODULES = {"statistics": "moments", "training": "digits", "models": "models", "gpu": "gpu"}
+MODULES = {
+    "statistics": "moments",
+    "training": "digits",
+    "models": "models",
+    "attention": "attention",
+    "gpu": "gpu",
+}
 
 
 def micro(emit, sections):
