@@ -164,7 +164,7 @@ def compile_native(target: Path, sources, flags, *, compiler: str = CXX, languag
     """Builds `sources`, paths from the root, at `target`."""
 
     def build(source: str) -> str:
-        object_file = f"{target}-{Path(source).stem}.o"
+        object_file = f"{target}-{str(source).replace('/', '-')}.o"
         run(compiler, "-std=c++20", *flags, *language, "-c", source, "-o", object_file)
         return object_file
 
