@@ -163,18 +163,22 @@ def _weights_batch(query, key, enable_gqa):
 
 def _as_heads(query, key, value, weights):
     """The three with as many dimensions and all batch dimensions but the heads spelled out, None
-    where the operator does not take them."""
+    where the operator does not take them.
+    """
     heads = [t.size(-3) if t.dim() > 2 else 1 for t in (key, value)]
     shared = bool(weights) and heads[0] == heads[1] != 0 and weights[-1] % heads[0] == 0
     batch = (*weights[:-1], heads[0]) if shared else weights
     for t in (key, value):
         if _broadcast(tuple(t.shape[:-2]), batch) != batch:
             return None
-    return (
-        query.expand(*weights, *query.shape[-2:]),
-        key.expand(*batch, *key.shape[-2:]),
-        value.expand(*batch, *value.shape[-2:]),
-    )
+    return _expand(query, weights), _expand(key, batch), _expand(value, batch)
+
+
+def _expand(tensor, batch):
+    # Without a node in the graph where that changes nothing.
+    if tuple(tensor.shape[:-2]) == batch:
+        return tensor
+    return tensor.expand(*batch, *tensor.shape[-2:])
 
 
 def math_path_flags() -> tuple[bool, bool]:

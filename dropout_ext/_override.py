@@ -140,7 +140,7 @@ def _attention(
         if _sdpa.accepts(*tensors, is_causal, scale, enable_gqa) and _takes_math_path(
             *tensors, dropout_p, is_causal, scale, enable_gqa
         ):
-            return _sdpa.attention(*arguments, scale, enable_gqa, None, None)
+            return _sdpa.attention(*tensors, dropout_p, is_causal, scale, enable_gqa, None, None)
     return F.scaled_dot_product_attention(*arguments, **options)
 
 

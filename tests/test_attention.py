@@ -87,23 +87,30 @@ def results(function, tensors, grad):
     return [out.detach(), *torch.autograd.grad(out, tensors, grad.to(out.dtype))]
 
 
-def assert_accurate(tensors, mask, p, is_causal, scale, enable_gqa, dropout_key):
-    """At most twice the error of the math path; where that is next to exact, a few roundings of the
-    largest number, or of the largest of those that cancel in the gradient of the scores. Of a
-    16-bit output that gradient knows twice the digits, which for bfloat16 is less than float32.
-    """
+def all_results(tensors, mask, p, is_causal, scale, dropout_key):
+    """Of the formula in float64, the math path and the operator."""
     rest = (mask, p, is_causal, scale)
-    shape = (*tensors[0].shape[:-1], tensors[2].size(-1))
-    grad = random_tensor(shape, tensors[0].dtype, 7)
+    grad = random_tensor((*tensors[0].shape[:-1], tensors[2].size(-1)), tensors[0].dtype, 7)
     doubles = [t.detach().double().requires_grad_() for t in tensors]
-    exact = results(lambda *t: formula(*t, *rest, dropout_key), doubles, grad.double())
-    theirs = results(lambda *t: math_path(*t, *rest, dropout_key), tensors, grad)
-    ours = results(
-        lambda *t: attention(*t, *rest, enable_gqa, dropout_key=dropout_key), tensors, grad
+    gqa = tensors[0].shape[:-2] != tensors[1].shape[:-2]
+    return (
+        results(lambda *t: formula(*t, *rest, dropout_key), doubles, grad.double()),
+        results(lambda *t: math_path(*t, *rest, dropout_key), tensors, grad),
+        results(lambda *t: attention(*t, *rest, gqa, dropout_key=dropout_key), tensors, grad),
+        grad,
     )
+
+
+def assert_accurate(tensors, mask, p, is_causal, scale, dropout_key):
+    """At most twice the error of the math path, but for a few roundings: of the largest number, or
+    of the largest of those that cancel in the gradient of the scores, of which one comes from the
+    weights in the math path and from the output in ours. Of a 16-bit output that gradient knows
+    twice the digits, which for bfloat16 is less than float32.
+    """
+    exact, theirs, ours, grad = all_results(tensors, mask, p, is_causal, scale, dropout_key)
     compute = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     digits = max(8 * torch.finfo(compute).eps, torch.finfo(tensors[0].dtype).eps ** 2 / 8)
-    value = with_all_heads(tensors[0], doubles[2]).detach().abs()
+    value = with_all_heads(tensors[0], tensors[2]).detach().double().abs()
     cancelling = (grad.double().abs() @ value.transpose(-2, -1)).max() / (1 - p)
     cancelling = cancelling * max(t.detach().abs().max() for t in tensors[:2]) * abs(scale or 1)
     for expected, their, our, like in zip(exact, theirs, ours, (theirs[0], *tensors), strict=True):
@@ -204,7 +211,7 @@ def make_mask(kind, shape, dtype):
     return random_tensor(shapes[kind], dtype, 5) if kind in shapes else None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(call=calls())
 @example(
     call={
@@ -227,14 +234,36 @@ def test_error_is_at_most_twice_that_of_the_math_path(call):
     mask = make_mask(call["kind"], weights, call["dtype"])
     assert_accurate(
         [query, key, value], mask, call["p"], call["kind"] == "causal", call["scale"],
-        query.size(-3) != key.size(-3), make_key(call["seed"]),
+        make_key(call["seed"]),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("keys", "is_causal"), [(97, True), (300, False)])
+@pytest.mark.parametrize("scale", [None, 0.7])  # at 0.7 most weights are next to 0 or 1
+def test_root_mean_square_error_is_at_most_twice_that_of_the_math_path(
+    dtype, keys, is_causal, scale
+):
+    """Of 8 calls together, where no single rounding decides, and without a tolerance."""
+    errors = torch.zeros(2, 4, dtype=torch.float64)
+    for seed in range(8):
+        shapes = [(1, 2, 64, 64), (1, 2, keys, 64), (1, 2, keys, 64)]
+        tensors = [
+            random_tensor(shape, dtype, 3 * seed + n).requires_grad_()
+            for n, shape in enumerate(shapes)
+        ]
+        exact, *approximate, _ = all_results(tensors, None, 0.1, is_causal, scale, make_key(seed))
+        for side, found in enumerate(approximate):
+            for n in range(4):
+                errors[side, n] += (found[n].double() - exact[n]).square().sum()
+    math_path_error, our_error = errors.sqrt()
+    assert (our_error <= 2 * math_path_error).all(), our_error / math_path_error
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "float", "causal"])
 def test_gradcheck(mask, key):
-    tensors = inputs((2,), 5, 7, 3, 4, torch.float64)
-    attn_mask = make_mask(mask, (2, 5, 7), torch.float64)
+    tensors = inputs((1,), 3, 5, 2, 3, torch.float64)
+    attn_mask = make_mask(mask, (1, 3, 5), torch.float64)
 
     def function(query, k, value):
         return attention(query, k, value, attn_mask, P, mask == "causal", dropout_key=key)
@@ -575,13 +604,13 @@ def test_the_number_of_threads_changes_no_bit(dtype, is_causal, threads, key):
     tensors = inputs((1, 1), 1100, 1050, 16, 16, dtype)
     grad = random_tensor((1, 1, 1100, 16), dtype, 5)
 
-    def all_results(n):
+    def with_threads(n):
         threads(n)
         return results(lambda *t: attention(*t, None, P, is_causal, dropout_key=key), tensors, grad)
 
-    expected = all_results(1)
+    expected = with_threads(1)
     for n in (2, 3):
-        for a, b in zip(all_results(n), expected, strict=True):
+        for a, b in zip(with_threads(n), expected, strict=True):
             assert_same_bits(a, b)
 
 

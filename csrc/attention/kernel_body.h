@@ -106,8 +106,7 @@ SumOf<V> exp_of(SumOf<V> x) {
   return lane[0];
 }
 
-// Products of small matrices. B and C come in panels of 16 columns; A has rows in memory, or
-// columns
+// Products of small matrices. B comes in panels of 16 columns; A has rows in memory, or columns
 // (`transposed`). The sums of a tile of C are in registers, and are added to C every kDepth terms:
 // a sum of sums has less rounding error than one of all terms.
 

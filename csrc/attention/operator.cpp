@@ -1,6 +1,7 @@
 // Attention with dropout as operators, on the CPU: how tensors become heads and work becomes tasks.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -162,16 +163,22 @@ template <class Task>
 void run_tasks(int64_t n_tasks, int64_t work, int64_t scratch_bytes, const Task& task) {
   const int64_t grain = std::max<int64_t>(1, kGrainWork / std::max<int64_t>(work, 1));
   at::parallel_for(0, n_tasks, grain, [&](int64_t begin, int64_t end) {
-    const Tensor scratch = at::empty({scratch_bytes}, at::kByte);
-    for (int64_t n = begin; n < end; ++n) task(n, scratch.mutable_data_ptr());
+    const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_bytes);
+    for (int64_t n = begin; n < end; ++n) task(n, scratch.get());
   });
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of queries that one task takes: enough to pay for packing the keys and values, which every
-// task does for itself. Of no consequence for the result.
-constexpr int64_t kForwardTask = 384;
+// Rows of queries that a task of the forward pass takes: enough to pay for packing the keys and
+// values, which every task does for itself, unless threads would be idle. Of no consequence for the
+// result.
+int64_t forward_rows(const Problem& problem, int64_t n_heads) {
+  constexpr int64_t kMost = 384, kFewest = 96;
+  const int64_t wanted = divide_up(problem.queries * n_heads, at::get_num_threads());
+  const int64_t tasks = divide_up(problem.queries, std::clamp(wanted, kFewest, kMost));
+  return attention::round_up(divide_up(problem.queries, tasks));
+}
 
 // Rows contiguous, and the heads of a position side by side where those of the query are, as
 // PyTorch's flash kernel has it: the projection that follows wants to read it so.
@@ -211,8 +218,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_kernel(const Tensor& query, const T
   if (statistics.numel() == 0) return {out, remainder, statistics};
   const auto out_at = call.offsets(out);
   const auto& kernel = attention::kernels().of[static_cast<int>(problem.dtype)];
-  const int64_t tasks = divide_up(problem.queries, kForwardTask);
-  const int64_t rows = attention::round_up(divide_up(problem.queries, tasks));
+  const int64_t rows = forward_rows(problem, call.n_heads);
+  const int64_t tasks = divide_up(problem.queries, rows);
   const int64_t work = rows * problem.keys * (problem.head_size + problem.value_size);
   auto* const out_data = static_cast<char*>(out.mutable_data_ptr());
   auto* const remainder_data = static_cast<char*>(remainder.mutable_data_ptr());
@@ -221,7 +228,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_kernel(const Tensor& query, const T
             [&](int64_t task, void* scratch) {
               const int64_t n = task / tasks, begin = task % tasks * rows;
               const Range queries{begin, std::min(begin + rows, problem.queries)};
-              if (queries.size() <= 0) return;
               const int64_t at = out_at[n] * out.element_size();
               const attention::Forward to{
                   out_data + at, remainder_data != nullptr ? remainder_data + at : nullptr,
@@ -285,12 +291,10 @@ void check_saved(const Tensor& grad_out, const Tensor& query, const Tensor& valu
   match &= statistics.sizes() == shape && statistics.scalar_type() == sum_type(query);
   match &= out.scalar_type() == query.scalar_type() && out.is_cpu() && grad_out.is_cpu();
   match &= grad_out.scalar_type() == query.scalar_type() && statistics.is_cpu();
-  TORCH_CHECK_VALUE(match, "attention_backward(): arguments 'grad_out', 'output' and 'statistics' ",
-                    "have shapes ", grad_out.sizes(), ", ", out.sizes(), " and ",
-                    statistics.sizes(),
-                    ", but expected is what attention() returns for a query of "
-                    "shape ",
-                    query.sizes());
+  TORCH_CHECK_VALUE(
+      match, "attention_backward(): arguments 'grad_out', 'output' and 'statistics' ",
+      "have shapes ", grad_out.sizes(), ", ", out.sizes(), " and ", statistics.sizes(),
+      ", but expected is what attention() returns for a query of shape ", query.sizes());
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward_kernel(
@@ -348,14 +352,13 @@ TORCH_LIBRARY_FRAGMENT(dropout_ext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor dropout_key, "
-      "float dropout_p, bool is_causal, float? scale) -> (Tensor output, Tensor "
-      "remainder, Tensor statistics)",
+      "float dropout_p, bool is_causal, float? scale) "
+      "-> (Tensor output, Tensor remainder, Tensor statistics)",
       tags);
   m.def(
       "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, "
       "Tensor? attn_mask, Tensor output, Tensor remainder, Tensor statistics, Tensor dropout_key, "
-      "float dropout_p, "
-      "bool is_causal, float? scale) -> (Tensor, Tensor, Tensor)",
+      "float dropout_p, bool is_causal, float? scale) -> (Tensor, Tensor, Tensor)",
       tags);
   // Of differentiable operators; its kernel is in _attention.py.
   m.def(

@@ -19,6 +19,8 @@ using namespace dropout_ext::cpu::attention;
 namespace {
 
 constexpr double kP = 0.3;
+// Of weight (0, 0): where the counter's second word changes within the larger matrices.
+constexpr uint64_t kFirstIndex = (uint64_t{1} << 35) - 1003;
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 template <class Elem>
@@ -135,7 +137,7 @@ bool check(const Shape& shape, Masked masked, bool transposed, int64_t queries_a
                      value.matrix(),
                      mask,
                      {42, 7},
-                     static_cast<uint64_t>(h * L * S) + 5});
+                     static_cast<uint64_t>(h * L * S) + kFirstIndex});
   }
 
   const auto& kernel = attention::kernels().of[static_cast<int>(p.dtype)];
