@@ -552,6 +552,8 @@ def test_the_operator_checks_its_arguments(key):
         (query, k[:, :2], value[:, :2], *rest),
         (query, k[0], value, *rest),
         (query, k.double(), value, *rest),
+        (query.int(), k.int(), value.int(), *rest),
+        (query[0, 0, 0], k[0, 0, 0], value[0, 0, 0], *rest),
         (query, k, value, mask_f64, *rest[1:]),
         (query, k, value, None, key, 2.0, False, None),
         (query[0, 0], k[0, 0], value[0, 0], None, key.expand(9, 2), P, False, None),

@@ -16,6 +16,7 @@ def binary(tmp_path_factory):
     return compile_native(tmp_path_factory.mktemp("native") / "attention", sources, SANITIZED)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(CXX) is None, reason=f"{CXX} was not found")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant(binary, variant):

@@ -102,13 +102,15 @@ class AttentionCall {
   void check(const std::optional<Tensor>& mask, const Tensor& dropout_key, double p,
              bool is_causal) const {
     check_probability(p);
-    check_input(query_, /*linear=*/false);
-    for (const Tensor* t : {&key_, &value_}) {
-      TORCH_CHECK_VALUE(t->dim() == query_.dim() && query_.dim() >= 2 &&
-                            t->scalar_type() == query_.scalar_type() && t->is_cpu(),
-                        "attention(): arguments 'query', 'key' and 'value' must have the same "
-                        "dtype and the same number of dimensions, at least 2, but got ",
-                        query_.toString(), query_.sizes(), " and ", t->toString(), t->sizes());
+    for (const Tensor* t : {&query_, &key_, &value_}) {
+      TORCH_CHECK_VALUE(
+          t->is_cpu() && t->layout() == at::kStrided && t->dim() >= 2 && t->dim() == query_.dim() &&
+              t->scalar_type() == query_.scalar_type() && dtype_of(*t) != Dtype::kBool,
+          "attention(): arguments 'query', 'key' and 'value' are ", query_.toString(),
+          query_.sizes(), ", ", key_.toString(), key_.sizes(), " and ", value_.toString(),
+          value_.sizes(),
+          ", but accepted are strided CPU tensors of one dtype, float64, float32, float16 or "
+          "bfloat16, with the same number of dimensions, at least 2");
     }
     bool match = key_.size(-1) == query_.size(-1) && key_.size(-2) == value_.size(-2);
     for (int64_t d = 0; d < n_batch_; ++d) {

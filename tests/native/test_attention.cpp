@@ -186,12 +186,13 @@ bool check(const Shape& shape, Masked masked, bool transposed, int64_t queries_a
       }
       for (double& w : weight) sum += w = largest == -kInf ? 0 : std::exp(w - largest);
       for (double& w : weight) w = sum == 0 ? 0 : w / sum;
+      std::vector<bool> kept(S);
+      for (int64_t j = 0; j < S; ++j)
+        kept[j] = keep({42, 7}, heads[h].index + i * S + j, p.threshold);
       for (int64_t v = 0; v < V; ++v) {
         double out = 0;
         for (int64_t j = 0; j < S; ++j) {
-          const uint64_t index = heads[h].index + i * S + j;
-          const bool kept = keep({42, 7}, index, p.threshold);
-          if (!kept) continue;
+          if (!kept[j]) continue;
           out += weight[j] * p.keep_scale * value(j, v);
           grad[j] += p.keep_scale * value(j, v) * grad_outs[h](i, v);
           expected_value[j * V + v] += weight[j] * p.keep_scale * grad_outs[h](i, v);
