@@ -418,6 +418,23 @@ def test_nan_and_infinity_stay_in_their_rows(key):
     assert torch.equal(out.isnan().any(-1), bad)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value_size", [5, 32])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF - 2**32, 0x7F800001])
+def test_a_nan_of_any_bits_stays_one(dtype, value_size, bits, key):
+    """Added to an exponent, or rounded to bfloat16, its bits would make a number."""
+    tensors = inputs(value_size=value_size, dtype=dtype)
+    mask = torch.zeros(9, 13)
+    mask[4] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    out = attention(*tensors, mask, P, dropout_key=key)
+    out.sum().backward()
+    bad = torch.arange(9) == 4
+    assert torch.equal(out.isnan().any(-1), bad.expand(2, 3, 9))
+    assert torch.equal(out.isnan().all(-1), bad.expand(2, 3, 9))
+    assert torch.equal(tensors[0].grad.isnan().all(-1), bad.expand(2, 3, 9))
+    assert tensors[1].grad.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_large_scores(dtype, key):
     """Scores of thousands, apart by hundreds: neither overflow nor 0 / 0."""

@@ -3,9 +3,8 @@
 // F64,
 //   broadcast         one number in memory to all lanes
 //   multiply_add      a * b + c, rounded once where the instruction set has that
-//   add, subtract, multiply
 //   maximum           b where a or b is NaN
-//   add_exponent      of x and 1.5 * 2^23 + n (float64: 1.5 * 2^52 + n): x * 2^n, n an integer
+//   power_of_two      2^n of 1.5 * 2^23 + 127 + n (float64: 1.5 * 2^52 + 1023 + n), n an integer
 //   zero_where_less   a < b ? 0 : x
 //   keep_or_zero      keep ? x : +0
 //   transpose_16x16   of 16 rows of 16 numbers
@@ -68,14 +67,14 @@ SumOf<V> maximum_of_lanes(V x) {
 // e^x = 2^n e^r, n the integer next to x / ln 2, for x up to some 88 or 709; 0 where e^x is below
 // 2^-125 or 2^-1021, NaN for NaN. Cody and Waite's reduction.
 struct Exp32 {
-  static constexpr double kMagic = 0x1.8p23, kLeast = -87;
+  static constexpr double kMagic = 0x1.8p23 + 127, kLeast = -87;
   static constexpr double kLn2High = 0x1.62e4p-1, kLn2Low = 0x1.7f7d1cf79abcap-20;
   // (e^r - 1 - r) / r^2 by weighted least squares, for |r| <= ln 2 / 2: 3.7e-9 off e^r.
   static constexpr double kPolynomial[] = {0x1.6a23cep-10, 0x1.123a2p-7, 0x1.5558f2p-5,
                                            0x1.555492p-3, 0x1.fffffcp-2};
 };
 struct Exp64 {
-  static constexpr double kMagic = 0x1.8p52, kLeast = -707;
+  static constexpr double kMagic = 0x1.8p52 + 1023, kLeast = -707;
   static constexpr double kLn2High = 0x1.62e42fefap-1, kLn2Low = 0x1.cf79abc9e3b39p-40;
   // Taylor's: 4e-18 off e^r.
   static constexpr double kPolynomial[] = {
@@ -89,15 +88,16 @@ V exp(V x) {
   const V one = splat<V>(1), magic = splat<V>(C::kMagic), least = splat<V>(C::kLeast);
   const V bounded = maximum(least, x);
   const V shifted = multiply_add(bounded, splat<V>(1.4426950408889634), magic);
-  const V n = subtract(shifted, magic);
+  const V n = shifted - magic;
   V r = multiply_add(n, splat<V>(-C::kLn2High), bounded);
   r = multiply_add(n, splat<V>(-C::kLn2Low), r);
   V q = splat<V>(C::kPolynomial[0]);
   for (size_t i = 1; i < std::size(C::kPolynomial); ++i) {
     q = multiply_add(q, r, splat<V>(C::kPolynomial[i]));
   }
-  const V p = add(multiply_add(multiply(r, r), q, r), one);
-  return zero_where_less(x, least, add_exponent(p, shifted));
+  const V p = multiply_add(r * r, q, r) + one;
+  // A product, not a sum of exponents, which would make a number of a NaN.
+  return zero_where_less(x, least, p * power_of_two(shifted));
 }
 template <class V>
 SumOf<V> exp_of(SumOf<V> x) {
@@ -139,7 +139,7 @@ void product_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64
 #pragma GCC unroll 2
     for (int p = 0; p < panels; ++p) {
       T* const to = c + r * c_stride + p * kLanes;
-      store(to, accumulate ? add(load(to), sum[r][p]) : sum[r][p]);
+      store(to, accumulate ? load(to) + sum[r][p] : sum[r][p]);
     }
   }
 }
@@ -205,9 +205,9 @@ typename VectorOf<Elem>::type load_part(const Elem* p, int64_t stride, int64_t n
 
 template <class Elem>
 void store_part(Elem* p, typename VectorOf<Elem>::type x, int64_t n) {
-  if (n >= kLanes) return store(p, x);
+  if (n >= kLanes) return store_any(p, x);
   alignas(64) Elem buffer[kLanes];
-  store(buffer, x);
+  store_any(buffer, x);
   std::copy_n(buffer, n, p);
 }
 
@@ -225,7 +225,7 @@ void pack(const Matrix& m, int64_t first, int64_t rows, int64_t columns, double 
   for (int64_t r = 0; r < rows; ++r) {
     const Elem* from = row_of<Elem>(m, first + r);
     for (int64_t c = 0; c < columns; c += kLanes) {
-      const V x = multiply(load_part(from + c * m.col_stride, m.col_stride, columns - c), scale);
+      const V x = load_part(from + c * m.col_stride, m.col_stride, columns - c) * scale;
       if (as_rows != nullptr) store(as_rows + r * round_up(columns) + c, x);
       if (as_panels != nullptr) store(as_panels + c * panel_rows + r * kLanes, x);
     }
@@ -288,8 +288,7 @@ void mask_scores(const Problem& p, const Head& head, int64_t row, int64_t rows, 
       read_mask(*p.mask, head.mask, row + r, first, n, mask);
       std::fill(mask + n, mask + round_up(n), T{0});
     }
-    for (int64_t c = 0; c < seen; c += kLanes)
-      store(scores + c, add(load(scores + c), load(mask + c)));
+    for (int64_t c = 0; c < seen; c += kLanes) store(scores + c, load(scores + c) + load(mask + c));
   }
 }
 
@@ -309,7 +308,7 @@ void online_softmax(T* scores, int64_t n, const uint64_t* bits, T& maximum_so_fa
   if (now != before) {
     const T factor = exp_of<V>(before - now);
     const V v = broadcast(&factor);
-    for (int64_t c = 0; c < out_size; c += kLanes) store(out + c, multiply(load(out + c), v));
+    for (int64_t c = 0; c < out_size; c += kLanes) store(out + c, load(out + c) * v);
     sum_so_far *= factor;
     maximum_so_far = now;
   }
@@ -318,8 +317,8 @@ void online_softmax(T* scores, int64_t n, const uint64_t* bits, T& maximum_so_fa
   const V base = broadcast(&base_number);
   V sum = splat<V>(0);
   for (int64_t c = 0; c < n; c += kLanes) {
-    const V weight = exp(subtract(load(scores + c), base));
-    sum = add(sum, weight);
+    const V weight = exp(load(scores + c) - base);
+    sum = sum + weight;
     store(scores + c, keep_or_zero(keep_at(bits, c), weight));
   }
   sum_so_far += sum_of_lanes(sum);
@@ -370,11 +369,11 @@ void forward(const Problem& p, const Head& head, const Forward& to, Range querie
     const V v = broadcast(&factor);
     const int64_t at = (queries.begin + r) * to.out_stride;
     for (int64_t c = 0; c < p.value_size; c += kLanes) {
-      const V x = multiply(load(blocks.out + r * value_size + c), v);
+      const V x = load(blocks.out + r * value_size + c) * v;
       Elem* const out = static_cast<Elem*>(to.out) + at + c;
       store_part(out, x, p.value_size - c);
       if constexpr (sizeof(Elem) == 2) {
-        const V remainder = subtract(x, load_part(out, 1, p.value_size - c));
+        const V remainder = x - load_part(out, 1, p.value_size - c);
         store_part(static_cast<Elem*>(to.remainder) + at + c, remainder, p.value_size - c);
       }
     }
@@ -391,11 +390,11 @@ void softmax_backward(T* scores, T* grads, int64_t n, const uint64_t* bits, cons
                       const T* dot) {
   const V base = broadcast(statistics), factor = broadcast(statistics + 1), mean = broadcast(dot);
   for (int64_t c = 0; c < n; c += kLanes) {
-    const V weight = multiply(exp(subtract(load(scores + c), base)), factor);
+    const V weight = exp(load(scores + c) - base) * factor;
     const Keep keep = keep_at(bits, c);
-    const V grad = subtract(keep_or_zero(keep, load(grads + c)), mean);
+    const V grad = keep_or_zero(keep, load(grads + c)) - mean;
     store(scores + c, keep_or_zero(keep, weight));
-    store(grads + c, multiply(weight, grad));
+    store(grads + c, weight * grad);
   }
 }
 
@@ -416,7 +415,7 @@ void backward(const Problem& p, const Backward* heads, int64_t n_heads, const Ke
           return load_part(row_of<Elem>(m, row) + c * m.col_stride, m.col_stride, p.value_size - c);
         };
         V out = read(heads[h].out);
-        if constexpr (sizeof(Elem) == 2) out = add(out, read(heads[h].remainder));
+        if constexpr (sizeof(Elem) == 2) out = out + read(heads[h].remainder);
         sum = multiply_add(out, read(heads[h].grad_out), sum);
       }
       blocks.dots[h * queries.size() + r] = sum_of_lanes(sum);

@@ -15,31 +15,21 @@ inline F64 broadcast(const double* p) {
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return fma(a, b, c); }
 inline F64 multiply_add(F64 a, F64 b, F64 c) { return fma(a, b, c); }
 
-#define DROPOUT_EXT_ELEMENTWISE(name, op32, op64)                                \
-  inline F32 name(F32 a, F32 b) { return {op32(a.lo, b.lo), op32(a.hi, b.hi)}; } \
-  inline F64 name(F64 a, F64 b) {                                                \
-    for (int i = 0; i < 4; ++i) a.v[i] = op64(a.v[i], b.v[i]);                   \
-    return a;                                                                    \
-  }
-DROPOUT_EXT_ELEMENTWISE(add, _mm256_add_ps, _mm256_add_pd)
-DROPOUT_EXT_ELEMENTWISE(subtract, _mm256_sub_ps, _mm256_sub_pd)
-DROPOUT_EXT_ELEMENTWISE(multiply, _mm256_mul_ps, _mm256_mul_pd)
-DROPOUT_EXT_ELEMENTWISE(maximum, _mm256_max_ps, _mm256_max_pd)
-#undef DROPOUT_EXT_ELEMENTWISE
+inline F32 maximum(F32 a, F32 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline F64 maximum(F64 a, F64 b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = _mm256_max_pd(a.v[i], b.v[i]);
+  return a;
+}
 
-inline __m256 add_exponent(__m256 x, __m256 n) {
-  const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
-  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), shifted));
+inline __m256 power_of_two(__m256 a) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23));
 }
-inline F32 add_exponent(F32 x, F32 n) {
-  return {add_exponent(x.lo, n.lo), add_exponent(x.hi, n.hi)};
-}
-inline F64 add_exponent(F64 x, F64 n) {
+inline F32 power_of_two(F32 a) { return {power_of_two(a.lo), power_of_two(a.hi)}; }
+inline F64 power_of_two(F64 a) {
   for (int i = 0; i < 4; ++i) {
-    const __m256i shifted = _mm256_slli_epi64(_mm256_castpd_si256(n.v[i]), 52);
-    x.v[i] = _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(x.v[i]), shifted));
+    a.v[i] = _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(a.v[i]), 52));
   }
-  return x;
+  return a;
 }
 
 inline F32 zero_where_less(F32 a, F32 b, F32 x) {

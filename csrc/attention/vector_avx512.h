@@ -13,26 +13,16 @@ inline F64 broadcast(const double* p) {
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return fma(a, b, c); }
 inline F64 multiply_add(F64 a, F64 b, F64 c) { return fma(a, b, c); }
 
-inline F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.lo, b.lo), _mm512_add_pd(a.hi, b.hi)}; }
-inline F32 subtract(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
-inline F64 subtract(F64 a, F64 b) { return {_mm512_sub_pd(a.lo, b.lo), _mm512_sub_pd(a.hi, b.hi)}; }
-inline F32 multiply(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline F64 multiply(F64 a, F64 b) { return {_mm512_mul_pd(a.lo, b.lo), _mm512_mul_pd(a.hi, b.hi)}; }
 inline F32 maximum(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F64 maximum(F64 a, F64 b) { return {_mm512_max_pd(a.lo, b.lo), _mm512_max_pd(a.hi, b.hi)}; }
 
-inline F32 add_exponent(F32 x, F32 n) {
-  const __m512i shifted = _mm512_slli_epi32(_mm512_castps_si512(n.v), 23);
-  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v), shifted))};
+inline F32 power_of_two(F32 a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
 }
-inline __m512d add_exponent(__m512d x, __m512d n) {
-  const __m512i shifted = _mm512_slli_epi64(_mm512_castpd_si512(n), 52);
-  return _mm512_castsi512_pd(_mm512_add_epi64(_mm512_castpd_si512(x), shifted));
+inline __m512d power_of_two(__m512d a) {
+  return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(a), 52));
 }
-inline F64 add_exponent(F64 x, F64 n) {
-  return {add_exponent(x.lo, n.lo), add_exponent(x.hi, n.hi)};
-}
+inline F64 power_of_two(F64 a) { return {power_of_two(a.lo), power_of_two(a.hi)}; }
 
 inline F32 zero_where_less(F32 a, F32 b, F32 x) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ), x.v)};

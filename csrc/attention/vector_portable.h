@@ -17,39 +17,20 @@ inline V multiply_add(V a, const V& b, const V& c) {
 #endif
 }
 template <class V>
-inline V add(V a, const V& b) {
-  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
-  return a;
-}
-template <class V>
-inline V subtract(V a, const V& b) {
-  for (int i = 0; i < 16; ++i) a.v[i] -= b.v[i];
-  return a;
-}
-template <class V>
-inline V multiply(V a, const V& b) {
-  for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
-  return a;
-}
-template <class V>
 inline V maximum(V a, const V& b) {
   for (int i = 0; i < 16; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
   return a;
 }
 
-inline F32 add_exponent(F32 x, const F32& n) {
-  for (int i = 0; i < 16; ++i) {
-    x.v[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(x.v[i]) +
-                                  (std::bit_cast<uint32_t>(n.v[i]) << 23));
-  }
-  return x;
+inline F32 power_of_two(F32 a) {
+  for (int i = 0; i < 16; ++i) a.v[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(a.v[i]) << 23);
+  return a;
 }
-inline F64 add_exponent(F64 x, const F64& n) {
+inline F64 power_of_two(F64 a) {
   for (int i = 0; i < 16; ++i) {
-    x.v[i] = std::bit_cast<double>(std::bit_cast<uint64_t>(x.v[i]) +
-                                   (std::bit_cast<uint64_t>(n.v[i]) << 52));
+    a.v[i] = std::bit_cast<double>(std::bit_cast<uint64_t>(a.v[i]) << 52);
   }
-  return x;
+  return a;
 }
 
 template <class V>
