@@ -16,7 +16,7 @@ CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name
 # What a CUDA build without a GPU can show of itself, and the oldest torch of what differs between
 # versions; `make test` runs everything.
 CUDA_BUILD_TESTS = $(foreach t,contract operator keys module family errors layouts functorch autograd \
-  checkpoint compile seeds modes amp interop monte_carlo distributed,tests/test_$(t).py)
+  checkpoint compile seeds modes amp interop monte_carlo distributed fused compat,tests/test_$(t).py)
 # What calls the extension in every way, in minutes.
 SANITIZE_TESTS = $(foreach t,operator layouts errors keys fuzz,tests/test_$(t).py)
 # What reads other files than the package and the tests.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import _C, _reference, build_info, fold_in, functional, key
+from . import _C, _reference, build_info, fold_in, functional, fused, key
 
 # From docs/numerics.md.
 KEY = (42, 0)
@@ -36,6 +36,15 @@ def checks() -> Iterator[tuple[str, bool]]:
             yield f"keep bits, p={p}, {device}", mask.cpu().equal(want)
             out = functional.dropout(torch.ones(64, device=device), p, key=k)
             yield f"dropout, p={p}, {device}", (out.cpu() != 0).equal(want)
+            ones = torch.ones(1, 64, device=device)
+            norm, out = fused.dropout_add_layer_norm(ones, ones, 64, p=p, key=k, return_sum=True)
+            yield (
+                f"dropout_add_layer_norm, p={p}, {device}",
+                (
+                    (out.cpu()[0] != 1).equal(want)
+                    and torch.allclose(norm, torch.nn.functional.layer_norm(out, (64,)), atol=1e-5)
+                ),
+            )
 
 
 def main() -> int:

@@ -510,14 +510,13 @@ class ActivationDropout(nn.Module):
 
 
 class _DropoutAddNorm:
-    """The norm's own constructor, and a probability after its arguments."""
+    """What the modules have beside their norm."""
 
     generator: torch.Generator | None = None
 
-    def __init__(self, normalized_shape, *args, p=0.5, prenorm=False, generator=None, **kwargs):
+    def _set_dropout(self, p: float, prenorm: bool, generator: torch.Generator | None) -> None:
         check_probability(p)
         check_source(None, generator)
-        super().__init__(normalized_shape, *args, **kwargs)
         self.p = p
         self.prenorm = prenorm
         if generator is not None:
@@ -538,7 +537,8 @@ class DropoutAddLayerNorm(_DropoutAddNorm, nn.LayerNorm):
         eps (float): added to the variance. Default: 1e-5
         elementwise_affine (bool): whether there is a weight. Default: True
         bias (bool): whether there is a bias. Default: True
-        device, dtype: of the parameters. Default: None
+        device (torch.device, optional): of the parameters. Default: None
+        dtype (torch.dtype, optional): of the parameters. Default: None
         p (float): probability of a drop, 0 to 1; by keyword. Default: 0.5
         prenorm (bool): return the sum beside the norm; by keyword. Default: False
         generator (torch.Generator, optional): what to draw keys from; by keyword. Default: None,
@@ -553,6 +553,22 @@ class DropoutAddLayerNorm(_DropoutAddNorm, nn.LayerNorm):
         >>> m(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.zeros(1, 4)).detach()
         tensor([[-1.3416, -0.4472,  0.4472,  1.3416]])
     """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        p: float = 0.5,
+        prenorm: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self._set_dropout(p, prenorm, generator)
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, key: Tensor | None = None
@@ -582,7 +598,8 @@ class DropoutAddRMSNorm(_DropoutAddNorm, nn.RMSNorm):
         eps (float, optional): added to the mean square. Default: None, the resolution of the type
             that is computed in
         elementwise_affine (bool): whether there is a weight. Default: True
-        device, dtype: of the parameters. Default: None
+        device (torch.device, optional): of the parameters. Default: None
+        dtype (torch.dtype, optional): of the parameters. Default: None
         p (float): probability of a drop, 0 to 1; by keyword. Default: 0.5
         prenorm (bool): return the sum beside the norm; by keyword. Default: False
         generator (torch.Generator, optional): what to draw keys from; by keyword. Default: None,
@@ -597,6 +614,21 @@ class DropoutAddRMSNorm(_DropoutAddNorm, nn.RMSNorm):
         >>> m(torch.tensor([[3.0, 3.0]]), torch.zeros(1, 2)).detach()
         tensor([[1., 1.]])
     """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        p: float = 0.5,
+        prenorm: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self._set_dropout(p, prenorm, generator)
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, key: Tensor | None = None

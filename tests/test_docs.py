@@ -11,7 +11,8 @@ import torch
 from helpers import ROOT
 
 import dropout_ext
-from dropout_ext import functional, modules
+from dropout_ext import functional, fused, modules
+from dropout_ext.compat import flash_attn, megatron
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
@@ -67,6 +68,9 @@ PUBLIC = {
     for home, names in (
         (functional, functional.__all__),
         (modules, modules.__all__),
+        (fused, fused.__all__),
+        (flash_attn, flash_attn.__all__),
+        (megatron, megatron.__all__),
         (dropout_ext, ("key", "fold_in", "split")),
     )
     for name in names

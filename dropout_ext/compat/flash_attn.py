@@ -180,7 +180,8 @@ class DropoutAddLayerNorm(_DropoutAddNorm):
         p (float): probability of a drop while training. Default: 0.0
         eps (float): added to the variance. Default: 1e-5
         residual_in_fp32 (bool): the sum is float32 where there is no residual. Default: False
-        device, dtype: of the parameters. Default: None
+        device (torch.device, optional): of the parameters. Default: None
+        dtype (torch.dtype, optional): of the parameters. Default: None
 
     Shape:
         - Input: (..., hidden_size), residual: the same
@@ -229,7 +230,8 @@ class DropoutAddRMSNorm(_DropoutAddNorm):
         p (float): probability of a drop while training. Default: 0.0
         eps (float): added to the mean square. Default: 1e-5
         residual_in_fp32 (bool): the sum is float32 where there is no residual. Default: False
-        device, dtype: of the parameters. Default: None
+        device (torch.device, optional): of the parameters. Default: None
+        dtype (torch.dtype, optional): of the parameters. Default: None
 
     Shape:
         - Input: (..., hidden_size), residual: the same
