@@ -721,3 +721,23 @@ def test_16_bit_types_do_not_mix():
     x, r = torch.zeros(4, 8, dtype=torch.float16), torch.zeros(4, 8, dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="float16 and bfloat16 together"):
         dropout_ext.dropout_add(x, r)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rms", [False, True])
+def test_on_a_gpu(dtype, rms):
+    """The CPU's mask; values and gradients within a few places of its."""
+    leaves = [rows((6, 200), dtype, 1), rows((6, 200), dtype, 2), rows((200,), dtype, 3)]
+    results = []
+    for device in ("cpu", "cuda"):
+        x, r, w = (leaf.to(device).requires_grad_() for leaf in leaves)
+        function = dropout_ext.dropout_add_rms_norm if rms else dropout_ext.dropout_add_layer_norm
+        z, s = function(x, r, 200, w, eps=1e-5, p=P, key=KEY, return_sum=True)
+        act = dropout_ext.activation_dropout(x, "gelu", P, key=KEY)
+        grads = torch.autograd.grad([z, act], [x, r, w], [torch.ones_like(z)] * 2)
+        results.append([z, s, act, *grads, dropout_ext.dropout_add(x, r, P, key=KEY)])
+    places = 16 * torch.finfo(dtype).eps
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b.cpu(), rtol=places, atol=places)
+    assert torch.equal(results[1][2] == 0, results[0][2].to("cuda") == 0)
