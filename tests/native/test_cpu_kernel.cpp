@@ -16,6 +16,7 @@
 
 #include "../../csrc/cpu/kernel.h"
 #include "../../csrc/cpu/plan.h"
+#include "../../csrc/cpu/row_kernel.h"
 
 namespace {
 
@@ -582,6 +583,107 @@ void check_all_plans() {
   }
 }
 
+// The passes over a row, on memory of exactly its length, so that sanitizers see every access
+// outside it; the sum against plain arithmetic, the others against the portable variant.
+template <class T, class S>
+void check_row(const Kernels& kernels, int64_t n, int skip, bool stored, std::mt19937_64& random) {
+  using C = std::conditional_t<std::is_same_v<S, Double>, Double, Single>;
+  using Compute = typename C::Compute;
+  const auto values = [&](auto elem) {
+    std::vector<decltype(elem)> all(n);
+    for (auto& value : all) value = random_value<decltype(elem)>(random);
+    return all;
+  };
+  const auto x = values(T{}), grad = values(T{});
+  const auto residual = values(S{}), grad_sum = values(S{});
+  const auto weight = values(C{}), bias = values(C{});
+  const Key key{random(), random()};
+  const MaskRun run{key, 8 * (random() >> 8) + skip, static_cast<uint32_t>(threshold(0.3))};
+  std::vector<uint64_t> bits((n + 63) / 64);
+  cpu::keep_bits_one_by_one(bits.data(), n, key, run.index, 1, run.threshold);
+  const cpu::RowKernels::Mask mask{stored ? bits.data() : nullptr, run};
+  const int pair = row_pair(T::kDtype, S::kDtype);
+  const double scale = 1 / 0.7;
+
+  struct Results {
+    std::vector<S> sum, grad_sum;
+    std::vector<T> out, grad_input;
+    std::vector<C> grad_weight, grad_bias;
+    cpu::RowKernels::Moments moments;
+    cpu::RowKernels::Sums sums;
+  } results[2];
+  const Kernels* const both[] = {&kernels, &cpu::kernels_portable};
+  for (int i = 0; i < 2; ++i) {
+    const cpu::RowKernels::Of& of = both[i]->rows->of[pair];
+    Results& r = results[i];
+    r = {std::vector<S>(n),
+         std::vector<S>(n),
+         std::vector<T>(n),
+         std::vector<T>(n),
+         std::vector<C>(n),
+         std::vector<C>(n),
+         {},
+         {}};
+    of.scaled_add(x.data(), residual.data(), r.sum.data(), n, mask, scale, bias.data(),
+                  weight.data(), 0.7);
+    of.normalize(r.sum.data(), r.out.data(), n, 0.1, 1.3, weight.data(), bias.data(), false);
+    of.add(x.data(), residual.data(), r.sum.data(), n, mask, scale);
+    r.moments = both[i]->rows->moments[static_cast<int>(S::kDtype)](r.sum.data(), n, skip % 2 == 0);
+    r.sums = of.reduce(grad.data(), residual.data(), n, 0.1, 1.3, weight.data(),
+                       r.grad_weight.data(), r.grad_bias.data());
+    of.backward(grad.data(), residual.data(), skip % 3 == 0 ? nullptr : grad_sum.data(), n, 0.1,
+                1.3, weight.data(), 0.01, 0.02, r.grad_sum.data(), r.grad_input.data(), mask,
+                scale);
+  }
+  const auto equal = [](const auto& a, const auto& b) {
+    for (size_t j = 0; j < a.size(); ++j) {
+      if (!same(a[j], b[j])) return false;
+    }
+    return true;
+  };
+  const auto alike = [](double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); };
+  const auto& [a, b] = results;
+  for (int64_t j = 0; j < n; ++j) {
+    const bool kept = bits[j / 64] >> j % 64 & 1;
+    const Compute t = kept ? static_cast<Compute>(T::load(x[j])) : 0;
+    const Compute sum =
+        std::fma(t, static_cast<Compute>(scale), static_cast<Compute>(S::load(residual[j])));
+    if (same(a.sum[j], S::store(sum))) continue;
+    fail("%s, rows, pair %d: sum %d of %d", kernels.name, pair, static_cast<int>(j),
+         static_cast<int>(n));
+    break;
+  }
+  if (!equal(a.out, b.out) || !equal(a.grad_sum, b.grad_sum) ||
+      !equal(a.grad_input, b.grad_input) || !equal(a.grad_weight, b.grad_weight) ||
+      !equal(a.grad_bias, b.grad_bias) || !alike(a.moments.mean, b.moments.mean) ||
+      !alike(a.moments.square, b.moments.square) || !alike(a.sums.g, b.sums.g) ||
+      !alike(a.sums.gx, b.sums.gx)) {
+    fail("%s, rows, pair %d: %d elements differ from portable", kernels.name, pair,
+         static_cast<int>(n));
+  }
+}
+
+template <class T, class S>
+void check_rows_of(const Kernels& kernels) {
+  std::mt19937_64 random(3);
+  for (int round = 0; round < 60; ++round) {
+    const int64_t n = round < 20 ? round + 1 : 1 + static_cast<int64_t>(random() % 700);
+    check_row<T, S>(kernels, round == 59 ? 9001 : n, static_cast<int>(random() % 8), round % 2 == 0,
+                    random);
+  }
+}
+
+void check_rows(const Kernels& kernels) {
+  check_rows_of<Double, Double>(kernels);
+  check_rows_of<Single, Single>(kernels);
+  check_rows_of<Half, Half>(kernels);
+  check_rows_of<Brain, Brain>(kernels);
+  check_rows_of<Half, Single>(kernels);
+  check_rows_of<Brain, Single>(kernels);
+  check_rows_of<Single, Half>(kernels);
+  check_rows_of<Single, Brain>(kernels);
+}
+
 void check_runs(const Kernels& kernels) {
   const int64_t n = kMaxRun + 140;
   std::vector<Mask> masks;
@@ -621,6 +723,7 @@ int main(int argc, char** argv) {
   const Kernels& kernels = cpu::kernels();
   check_runs(kernels);
   check_all_plans();
+  check_rows(kernels);
   if (failures != 0) return 1;
   std::printf("%s ok\n", kernels.name);
   return 0;
