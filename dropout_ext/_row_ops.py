@@ -19,7 +19,7 @@ def _add(
     input, residual, input_bias, colscale, rowscale, key, p, scale, mask_strides, mask_offset, dtype
 ):
     others = (residual, input_bias, colscale, rowscale, key, None, None)
-    _check_rows("dropout_add", input, others, p, mask_strides, 0, dtype, input.dtype)
+    _check_rows(input, others, p, mask_strides, None, False, dtype, input.dtype)
     total = input.to(torch.float64 if dtype == torch.float64 else torch.float32)
     if input_bias is not None:
         total = total + input_bias
@@ -39,7 +39,7 @@ def _add_norm(
     norm_dims, weight, bias, eps, rms, sum_dtype, dtype,
 ):  # fmt: skip
     others = (residual, input_bias, colscale, rowscale, key, weight, bias)
-    _check_rows("dropout_add_norm", input, others, p, mask_strides, norm_dims, sum_dtype, dtype)
+    _check_rows(input, others, p, mask_strides, norm_dims, rms, sum_dtype, dtype)
     total = _add(
         input, residual, input_bias, colscale, rowscale, key, p, scale, mask_strides, mask_offset,
         sum_dtype,
@@ -112,18 +112,29 @@ def _activation_backward(grad, input, function, key, p, scale, mask_strides, mas
     return backward[function](grad, input)
 
 
-def _check_rows(name, input, others, p, mask_strides, norm_dims, sum_dtype, dtype):
-    _C.check_rows(name, input, list(others), p, len(mask_strides), norm_dims, sum_dtype, dtype)
+def _check_devices(function, input, **others):
+    """A tensor of the meta device beside others would make the shape the result."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(
+                f"{function}(): argument '{name}' is on {tensor.device}, but accepted is the "
+                f"device of the others, {input.device}"
+            )
+
+
+def _check_rows(input, others, p, mask_strides, norm_dims, rms, sum_dtype, dtype):
+    _C.check_rows(input, list(others), p, len(mask_strides), norm_dims, rms, sum_dtype, dtype)
 
 
 def _add_shape(
     input, residual, input_bias, colscale, rowscale, key, p, scale, mask_strides, mask_offset, dtype
 ):
     others = (residual, input_bias, colscale, rowscale, key, None, None)
-    _check_rows("dropout_add", input, others, p, mask_strides, 0, dtype, input.dtype)
+    _check_rows(input, others, p, mask_strides, None, False, dtype, input.dtype)
     scaled = input_bias is not None or colscale is not None or rowscale is not None
-    same = residual is not None and input.dtype == residual.dtype == dtype
-    if same and not scaled and key is not None and p < 1:
+    if (key is not None and p == 1) or (key is None and not scaled):  # PyTorch's own addition
+        return (torch.empty_like(input) if residual is None else input + residual).to(dtype)
+    if residual is not None and input.dtype == residual.dtype == dtype and not scaled:
         return torch.empty_like(input)  # by the pass over any layout
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
@@ -133,7 +144,7 @@ def _add_norm_shape(
     norm_dims, weight, bias, eps, rms, sum_dtype, dtype,
 ):  # fmt: skip
     others = (residual, input_bias, colscale, rowscale, key, weight, bias)
-    _check_rows("dropout_add_norm", input, others, p, mask_strides, norm_dims, sum_dtype, dtype)
+    _check_rows(input, others, p, mask_strides, norm_dims, rms, sum_dtype, dtype)
     compute = torch.float64 if sum_dtype == torch.float64 else torch.float32
     rows = input.shape[: input.dim() - norm_dims]
     new = functools.partial(torch.empty, device=input.device)
@@ -149,6 +160,7 @@ def _add_norm_backward_shape(
     grad_out, grad_sum, total, mean, rstd, weight, key, p, scale, mask_strides, mask_offset,
     norm_dims, rms, wanted,
 ):  # fmt: skip
+    _check_devices("add_norm_backward", total, grad_out=grad_out, rstd=rstd, weight=weight)
     row = total.shape[total.dim() - norm_dims :]
     shapes = (total.shape, total.shape, row, row)
     dtypes = (total.dtype, grad_out.dtype, rstd.dtype, rstd.dtype)
@@ -164,6 +176,7 @@ def _activation_shape(input, function, key, p, scale, mask_strides, mask_offset)
 
 
 def _activation_backward_shape(grad, input, *rest):
+    _check_devices("activation_backward", input, grad=grad)
     return _activation_shape(input, *rest)
 
 

@@ -47,16 +47,19 @@ def run(
     if sum_dtype is None:
         sum_dtype = (input if residual is None else residual).dtype
     drops = call.training and call.p != 0
-    if _call.is_dtensor(input) or input.is_nested:
-        return _composed(input, residual, call, scales, sum_dtype, norm)
     dims = 0 if norm is None else _norm_dims(input, norm.normalized_shape)
     dtype = input.dtype if norm is None or norm.dtype is None else norm.dtype
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    if input.is_nested:
+        return _composed(input, residual, call, scales, sum_dtype, norm, dims)
     strides = list(call.mask_strides or ())
     if not is_dynamo_compiling():
-        name = "dropout_add" if norm is None else "dropout_add_norm"
         others = [residual, *scales, call.key, weight, bias]
-        _C.check_rows(name, input, others, call.p, len(strides), dims, sum_dtype, dtype)
+        rms, norm_dims = (False, None) if norm is None else (norm.rms, dims)
+        _C.check_rows(input, others, call.p, len(strides), norm_dims, rms, sum_dtype, dtype)
+    if _call.is_dtensor(input):
+        _check_whole_rows(input, dims)
+        return _composed(input, residual, call, scales, sum_dtype, norm, dims)
     key = call.key if drops else None
     if drops and key is None:
         key = (
@@ -78,7 +81,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _norm_dims(input: Tensor, normalized_shape: int | list[int]) -> int:
-    if isinstance(normalized_shape, int):
+    if isinstance(normalized_shape, (int, torch.SymInt)):
         normalized_shape = [normalized_shape]
     dims = len(normalized_shape)
     if not 0 < dims <= input.dim() or tuple(input.shape[-dims:]) != tuple(normalized_shape):
@@ -89,27 +92,42 @@ def _norm_dims(input: Tensor, normalized_shape: int | list[int]) -> int:
     return dims
 
 
-def _composed(input, residual, call, scales, sum_dtype, norm):
+def _check_whole_rows(input, dims: int) -> None:
+    cut = [p for p in input.placements if p.is_shard() and p.dim >= input.dim() - dims]
+    if cut:
+        raise ValueError(
+            f"dropout_add_norm(): argument 'input' has placement {cut[0]!r}, which cuts its rows, "
+            "but accepted are those that leave 'normalized_shape' whole: redistribute it first"
+        )
+
+
+def _composed(input, residual, call, scales, sum_dtype, norm, dims):
+    """In the compute type, rounded where the operators round."""
+    compute = _compute_dtype(sum_dtype)
     input_bias, colscale, rowscale = scales
-    total = input
+    total = input.to(compute)
     if input_bias is not None:
         total = total + input_bias
     if colscale is not None:
         total = total * colscale
     if rowscale is not None:
-        total = total * rowscale.unsqueeze(-1)
+        rows = rowscale.detach()
+        while rows.dim() < input.dim():
+            rows = rows.unsqueeze(-1)
+        total = total * rows
     total = _call.run(total, call)
     if residual is not None:
         total = total + residual
     total = total.to(sum_dtype)
+    total = total.clone() if total is input else total
     if norm is None:
         return total
-    shape = norm.normalized_shape
-    shape = [shape] if isinstance(shape, int) else list(shape)
+    shape = list(input.shape[input.dim() - dims :])
+    weight, bias = (None if t is None else t.to(compute) for t in (norm.weight, norm.bias))
     if norm.rms:
-        out = F.rms_norm(total, shape, norm.weight, norm.eps)
+        out = F.rms_norm(total.to(compute), shape, weight, norm.eps)
     else:
-        out = F.layer_norm(total, shape, norm.weight, norm.bias, norm.eps)
+        out = F.layer_norm(total.to(compute), shape, weight, bias, norm.eps)
     out = out.to(norm.dtype or input.dtype)
     return (out, total) if norm.return_sum else out
 

@@ -341,7 +341,7 @@ def activation_dropout(
     """Dropout of an activation of `input`, in one pass:
     keep ? f(input + input_bias) / (1 - p) : 0.
 
-    Computed in float32 and rounded once; float64 by PyTorch's own activation. Saved for the
+    The activation is computed in float32 and rounded once; float64 by PyTorch's own. Saved for the
     backward pass: `input` and the key, where PyTorch saves the mask besides. In eval mode and at
     p = 0 it is PyTorch's activation.
 
@@ -351,8 +351,8 @@ def activation_dropout(
         p (float): probability of a drop, 0 to 1. Default: 0.5
         training (bool): False drops nothing. Default: True
         approximate (str): of "gelu": "none" or "tanh". Default: "none"
-        input_bias (Tensor, optional): of shape (input.shape[-1],), added before, in a pass of its
-            own. Default: None
+        input_bias (Tensor, optional): of shape (input.shape[-1],), added before in the dtype of
+            `input`, in a pass of its own. Default: None
         key (Tensor, optional): what decides the mask, see :func:`dropout_ext.key`: uint64 or int64
             of shape (2,), or (n, 2) with n = input.shape[0]. Default: None, a key is drawn
         generator (torch.Generator, optional): what to draw the key from, on the CPU or the device
@@ -386,6 +386,8 @@ def activation_dropout(
         )  # fmt: skip
     function = _function_of(activation, approximate)
     if input_bias is not None:
+        check_tensor(input)
+        _check_bias(input, input_bias)
         input = input + input_bias.to(input.dtype)
     strides = _strides(input, broadcast_dims, mask_strides)
     if not is_dynamo_compiling():
@@ -398,11 +400,24 @@ def activation_dropout(
     return _rows.run_activation(input, activation, approximate, call)
 
 
+def _check_bias(input: Tensor, bias: Tensor) -> None:
+    if not isinstance(bias, Tensor):
+        raise TypeError(
+            f"activation_dropout(): argument 'input_bias' must be Tensor, not {type(bias).__name__}"
+        )
+    if bias.shape != input.shape[-1:]:
+        raise ValueError(
+            f"activation_dropout(): argument 'input_bias' has shape {tuple(bias.shape)}, but "
+            f"accepted is {tuple(input.shape[-1:])}"
+        )
+
+
 def _function_of(activation: str, approximate: str) -> int:
-    function = _rows.ACTIVATIONS.get((activation, approximate))
+    named = isinstance(activation, str) and isinstance(approximate, str)
+    function = _rows.ACTIVATIONS.get((activation, approximate)) if named else None
     if function is None:
         name, value, accepted = "activation", activation, "'gelu', 'silu' and 'relu'"
-        if (activation, "none") in _rows.ACTIVATIONS:
+        if isinstance(activation, str) and (activation, "none") in _rows.ACTIVATIONS:
             name, value = "approximate", approximate
             accepted = "'none' and 'tanh'" if activation == "gelu" else f"'none' for {activation!r}"
         raise ValueError(

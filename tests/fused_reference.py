@@ -108,8 +108,8 @@ def _bounded_exp2(u: Tensor, bound: int) -> Tensor:
     return _exp2(torch.where(u < -126, _scalar(-126, u), most))
 
 
-def _magnitude(x: Tensor) -> Tensor:
-    return torch.where(x.abs() > 9, _scalar(9, x), x.abs())
+def _magnitude(x: Tensor, bound: int = 9) -> Tensor:
+    return torch.where(x.abs() > bound, _scalar(bound, x), x.abs())
 
 
 def _rectified(x: Tensor) -> Tensor:
@@ -153,7 +153,9 @@ def _activation_gradient(grad: Tensor, x: Tensor, function: int) -> Tensor:
     if function == 1:
         one = _hex("0x1.988454p+0", x).expand_as(x)
         slope = fma(t * t, _hex("0x1.b6676cp-3", x), one)
-    return grad * fma(x * (power * sigmoid * sigmoid), slope, sigmoid)
+    t = _magnitude(x, 64) if function == 2 else t
+    bounded = torch.where(x < 0, -t, t)
+    return grad * fma(bounded * (power * sigmoid * sigmoid), slope, sigmoid)
 
 
 def activation(

@@ -613,6 +613,17 @@ def test_nested_and_dtensor_are_composed(tmp_path):
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
+        cube, scale = rows((4, 4, 8), torch.bfloat16, 1), rows((4,), torch.float32, 2)
+        whole = dropout_ext.dropout_add_layer_norm(cube, None, (4, 8), key=KEY, rowscale=scale)
+        part = distribute_tensor(cube, mesh, [Shard(0)])
+        out = dropout_ext.dropout_add_layer_norm(
+            part, None, (4, 8), key=KEY, rowscale=distribute_tensor(scale, mesh, [Shard(0)])
+        )
+        torch.testing.assert_close(out.full_tensor(), whole)
+        with pytest.raises(ValueError, match="cuts its rows"):
+            dropout_ext.dropout_add_rms_norm(distribute_tensor(cube, mesh, [Shard(2)]), None, 8)
+        with pytest.raises(ValueError, match="'residual' has shape"):
+            dropout_ext.dropout_add(part, distribute_tensor(cube[0], mesh, [Shard(0)]))
         part = distribute_tensor(flat, mesh, [Shard(0)])
         out = dropout_ext.dropout_add(part, part, P, key=KEY)
         expected = dropout_ext.dropout_add(flat, flat, P, key=KEY)
@@ -676,6 +687,9 @@ def test_modules():
         ({"p": 1.5}, ValueError, "between 0 and 1, but got 1.5"),
         ({"p": "a"}, TypeError, "'p' must be float"),
         ({"eps": "a"}, TypeError, "'eps' must be float"),
+        ({"eps": None}, TypeError, "'eps' must be float"),
+        ({"normalized_shape": 8.0}, TypeError, "'normalized_shape' must be int"),
+        ({"normalized_shape": [2**70]}, TypeError, "'normalized_shape' must be int"),
         ({"key": torch.zeros(3, dtype=torch.int64)}, ValueError, "'key' has shape"),
         ({"key": 3}, TypeError, "'key' must be a Tensor"),
         ({"key": KEY, "generator": torch.Generator()}, ValueError, "exclude each other"),
@@ -721,6 +735,115 @@ def test_16_bit_types_do_not_mix():
     x, r = torch.zeros(4, 8, dtype=torch.float16), torch.zeros(4, 8, dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="float16 and bfloat16 together"):
         dropout_ext.dropout_add(x, r)
+
+
+# One step beside the cases above
+
+
+@pytest.mark.parametrize(
+    ("dtype", "columns"),
+    [(torch.float64, 24), (torch.float64, 32), (torch.float32, 48), (torch.bfloat16, 96)],
+)
+def test_outputs_beyond_the_cache(dtype, columns):
+    """Written past the caches, in whole vectors, which rows may not be made of."""
+    count = (2**24 + 4096) // (columns * dtype.itemsize) + 1
+    x = random_tensor((4096, columns), dtype, 1).repeat(-(-count // 4096), 1)[:count]
+    out = dropout_ext.dropout_add_layer_norm(x, None, columns, training=False)
+    few = dropout_ext.dropout_add_layer_norm(x[-4097:], None, columns, training=False)
+    assert_same_bits(out[-4097:], few)
+    torch.testing.assert_close(out, F.layer_norm(x, (columns,)), rtol=0.02, atol=0.02)
+
+
+def test_wrong_calls_of_the_operators():
+    ops, x, ones = torch.ops.dropout_ext, torch.zeros(4, 8), torch.ones(4)
+
+    def backward(key=KEY, p=0.5, strides=(), weight=None, dims=1, grad=x, total=x):
+        wanted = [True] * 4
+        return ops.add_norm_backward(
+            grad, None, total, ones, ones, weight, key, p, 2.0, strides, 0, dims, False, wanted
+        )
+
+    assert [t.shape for t in backward()] == [(4, 8), (4, 8), (8,), (8,)]
+    for arguments, kind in (
+        ({"key": torch.zeros(0, dtype=torch.int64)}, ValueError),
+        ({"key": torch.zeros(1, 2, dtype=torch.int64)}, ValueError),
+        ({"key": torch.zeros(2)}, TypeError),
+        ({"key": torch.zeros(2, dtype=torch.int64).to_sparse()}, TypeError),
+        ({"strides": [1]}, ValueError),
+        ({"p": -1.0}, ValueError),
+        ({"p": float("nan")}, ValueError),
+        ({"weight": torch.ones(8, dtype=torch.int32)}, TypeError),
+        ({"weight": torch.ones(8, device="meta")}, ValueError),
+        ({"weight": torch.ones(4)}, ValueError),
+        ({"dims": 0}, ValueError),
+        ({"dims": 3}, ValueError),
+        ({"grad": torch.zeros(4, 9)}, ValueError),
+        ({"grad": torch.zeros(4, 8, dtype=torch.int64)}, TypeError),
+        ({"total": torch.zeros(4, 8, dtype=torch.int64)}, TypeError),
+    ):
+        with pytest.raises(kind):
+            backward(**arguments)
+    rest = (0, KEY, 0.5, 2.0, [], 0)
+    with pytest.raises(ValueError, match="'grad' is on meta"):
+        ops.activation_backward(x.to("meta"), x, *rest)
+    with pytest.raises(TypeError, match="'grad' has dtype"):
+        ops.activation_backward(x.double(), x, *rest)
+    with pytest.raises(ValueError, match="'function' is 4"):
+        ops.activation(x, 4, *rest[1:])
+    with pytest.raises(ValueError, match="'norm_dims' is 0"):
+        ops.add_norm(
+            x, None, None, None, None, None, 0.5, 2.0, [], 0, 0, None, None, 1e-5, False,
+            torch.float32, torch.float32,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu", "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activation_gradients_far_from_zero(name, dtype):
+    magnitudes = torch.tensor([1e2, 1e5, 1e10, 1e20, 1e30, 3e38])
+    x = torch.cat([magnitudes, -magnitudes]).to(dtype).requires_grad_()
+    for extra in ({}, {"approximate": "tanh"}) if name == "gelu" else ({},):
+        out = dropout_ext.activation_dropout(x, name, 1e-12, key=KEY, **extra)
+        (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+        assert (grad[:6] == 1).all()
+        assert (grad[6:].abs() < 1e-15).all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_memory_format_is_that_of_the_sum(training, p):
+    x = random_tensor((2, 8, 5, 5)).to(memory_format=torch.channels_last)
+    out = dropout_ext.dropout_add(x, x, p, training)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_results_are_new_memory():
+    import torch.autograd.forward_ad as forward_ad
+
+    x = torch.zeros(3)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones(3))
+        dropout_ext.dropout_add(dual, None, training=False).add_(1)
+    nested = torch.nested.nested_tensor([torch.zeros(2, 3)], layout=torch.jagged)
+    dropout_ext.dropout_add(nested, None, training=False).add_(1)
+    for change in ({}, {"p": 0.0}, {"training": False}):
+        dropout_ext.dropout_add(x, None, **change).add_(1)
+        dropout_ext.dropout_add(torch.zeros(3), x, **change).add_(1)
+    assert (x == 0).all()
+    assert (nested.values() == 0).all()
+
+
+def test_rowscale_takes_no_gradient():
+    x = rows((4, 8), torch.float64, 1).requires_grad_()
+    scale = rows((4,), torch.float64, 2).requires_grad_()
+    out = dropout_ext.dropout_add(x, None, P, rowscale=scale, key=KEY)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), scale, allow_unused=True) == (None,)
+
+    def loss(scale):
+        return dropout_ext.dropout_add(x.detach(), None, P, rowscale=scale, key=KEY).sum()
+
+    assert (torch.func.grad(loss)(scale.detach()) == 0).all()
 
 
 @pytest.mark.cuda

@@ -11,10 +11,12 @@ namespace {
 
 // As in plan.cpp: outputs from this size on are written past the caches.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
+constexpr int64_t kStreamColumns = 16;  // whole vectors
 // Column sums belong to chunks of rows: few enough that adding them up costs nothing, enough of
-// them for the threads of a large machine.
+// them for the threads of a large machine, and all of them an eighth of the rows at most.
 constexpr int64_t kChunks = 64;
 constexpr int64_t kChunkElements = 16384;
+constexpr int64_t kChunkRows = 16;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -159,6 +161,7 @@ Rows::Rows(const RowArgs& args)
   if (args_.bias == nullptr) args_.bias = defaults_.minus_zeros(compute);
   const int64_t row_bytes = args.columns * element_size(args.out_dtype);
   streaming_ = args.rows * row_bytes >= kStreamBytes && row_bytes % kStreamAlignment == 0 &&
+               args.columns % kStreamColumns == 0 &&
                reinterpret_cast<uintptr_t>(args.out) % kStreamAlignment == 0;
 }
 
@@ -199,20 +202,24 @@ RowsBackward::RowsBackward(const RowBackwardArgs& args)
   if (args_.mask.keeps_all()) all_kept_ = defaults_.all_kept();
   const Dtype compute = compute_dtype(args.sum_dtype);
   if (args_.weight == nullptr) args_.weight = defaults_.ones(compute);
-  chunk_rows_ = std::max({int64_t{1}, ceil_div(args.rows, kChunks), kChunkElements / args.columns});
+  chunk_rows_ = std::max({kChunkRows, ceil_div(args.rows, kChunks), kChunkElements / args.columns});
   chunks_ = ceil_div(args.rows, chunk_rows_);
   column_bytes_ = ceil_div(args.columns * element_size(compute), 64) * 64;
-  weight_sums_.resize(chunks_ * column_bytes_ / sizeof(uint64_t));
-  bias_sums_.resize(chunks_ * column_bytes_ / sizeof(uint64_t));
+  const auto words = static_cast<size_t>(chunks_ * column_bytes_) / sizeof(uint64_t);
+  if (args.grad_weight != nullptr) weight_sums_.resize(words);
+  if (args.grad_bias != nullptr) bias_sums_.resize(words);
 }
 
 void RowsBackward::run(int64_t begin, int64_t end) {
   RowMasks masks(args_.mask, all_kept_);
   const Dtype compute = compute_dtype(args_.sum_dtype);
   const int64_t n = args_.columns;
+  // What nobody wants goes to one row, over and over.
+  std::vector<uint64_t> unwanted;
+  if (weight_sums_.empty() || bias_sums_.empty()) unwanted.resize(column_bytes_ / sizeof(uint64_t));
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    char* const weight_sums = reinterpret_cast<char*>(weight_sums_.data()) + chunk * column_bytes_;
-    char* const bias_sums = reinterpret_cast<char*>(bias_sums_.data()) + chunk * column_bytes_;
+    void* const weight_sums = sums_of(weight_sums_, chunk, unwanted);
+    void* const bias_sums = sums_of(bias_sums_, chunk, unwanted);
     const int64_t last = std::min((chunk + 1) * chunk_rows_, args_.rows);
     for (int64_t row = chunk * chunk_rows_; row < last; ++row) {
       const void* grad_out = at(args_.grad_out, row * n, args_.dtype);
@@ -228,6 +235,12 @@ void RowsBackward::run(int64_t begin, int64_t end) {
                    at(args_.grad_input, row * n, args_.dtype), masks.of(row), args_.scale);
     }
   }
+}
+
+void* RowsBackward::sums_of(std::vector<uint64_t>& sums, int64_t chunk,
+                            std::vector<uint64_t>& unwanted) const {
+  if (sums.empty()) return unwanted.data();
+  return reinterpret_cast<char*>(sums.data()) + chunk * column_bytes_;
 }
 
 template <class C>

@@ -64,6 +64,7 @@ class RowsBackward {
   void finish();  // after all chunks: the column sums
 
  private:
+  void* sums_of(std::vector<uint64_t>& sums, int64_t chunk, std::vector<uint64_t>& unwanted) const;
   template <class C>
   void add_up(const std::vector<uint64_t>& partial, void* out) const;
 

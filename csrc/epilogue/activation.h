@@ -56,12 +56,17 @@ DROPOUT_EXT_HD V bounded_exp2(const V& u, double bound) {
   return exp2(if_greater(least, u, least, if_greater(u, most, most, u)));
 }
 
-// |x|, at most 9: beyond, Phi(-|x|) and 1 - sigmoid(|x|) are lost beside 1 or beside 1e-17.
+// |x|, at most `bound`.
 template <class V>
-DROPOUT_EXT_HD V magnitude(const V& x) {
-  const V nine = splat(9.0, V{}), t = absolute(x);
-  return if_greater(t, nine, nine, t);
+DROPOUT_EXT_HD V magnitude(const V& x, double bound) {
+  const V most = splat(bound, V{}), t = absolute(x);
+  return if_greater(t, most, most, t);
 }
+
+// Beyond, Phi(-|x|), phi(x) and the tanh form's 1 - sigmoid(|x|) are lost beside 1e-17.
+inline constexpr double kGeluBound = 9;
+// Likewise 1 - sigmoid(|x|) of silu.
+inline constexpr double kSiluBound = 64;
 
 // max(x, 0)
 template <class V>
@@ -74,13 +79,13 @@ DROPOUT_EXT_HD V rectified(const V& x) {
 struct Gelu {
   template <class V>
   static DROPOUT_EXT_HD V value(const V& x) {
-    const V t = magnitude(x);
+    const V t = magnitude(x, kGeluBound);
     return fma(splat(-1.0, V{}) * t, normal_tail(t), rectified(x));
   }
   // Phi(x) + x phi(x)
   template <class V>
   static DROPOUT_EXT_HD V gradient(const V& grad, const V& x) {
-    const V t = magnitude(x), zero = splat(0.0, V{});
+    const V t = magnitude(x, kGeluBound), zero = splat(0.0, V{});
     const V tail = normal_tail(t);
     const V cdf = if_greater(zero, x, tail, splat(1.0, V{}) - tail);
     // 2^(-t^2 / 2 * log2(e)) / sqrt(2 pi)
@@ -97,12 +102,13 @@ struct Sigmoid {
   // -0 from u = 128 on, NaN for minus infinity, as PyTorch.
   DROPOUT_EXT_HD V value() const { return x / (splat(1.0, V{}) + bounded_exp2(u, 128)); }
   // sigmoid + x sigmoid (1 - sigmoid) slope, slope = -u'(x) / log2(e), where 1 - sigmoid is
-  // 2^u sigmoid: without cancellation
-  DROPOUT_EXT_HD V derivative(const V& slope) const {
-    const V one = splat(1.0, V{});
+  // 2^u sigmoid: without cancellation. `t` is |x| with a bound from which on that product is lost.
+  DROPOUT_EXT_HD V derivative(const V& t, const V& slope) const {
+    const V one = splat(1.0, V{}), zero = splat(0.0, V{});
     const V power = bounded_exp2(u, 63);
     const V sigmoid = one / (one + power);
-    return fma(x * (power * sigmoid * sigmoid), slope, sigmoid);
+    const V bounded = if_greater(zero, x, zero - t, t);
+    return fma(bounded * (power * sigmoid * sigmoid), slope, sigmoid);
   }
 };
 
@@ -118,7 +124,7 @@ struct Silu {
   }
   template <class V>
   static DROPOUT_EXT_HD V gradient(const V& grad, const V& x) {
-    return grad * sigmoid(x).derivative(splat(1.0, V{}));
+    return grad * sigmoid(x).derivative(magnitude(x, kSiluBound), splat(1.0, V{}));
   }
 };
 
@@ -137,9 +143,9 @@ struct GeluTanh {
   template <class V>
   static DROPOUT_EXT_HD V gradient(const V& grad, const V& x) {
     // 2 sqrt(2 / pi) (1 + 3 * 0.044715 x^2)
-    const V t = magnitude(x);
+    const V t = magnitude(x, kGeluBound);
     const V slope = fma(t * t, splat(0x1.b6676cp-3, V{}), splat(0x1.988454p+0, V{}));
-    return grad * sigmoid(x).derivative(slope);
+    return grad * sigmoid(x).derivative(t, slope);
   }
 };
 

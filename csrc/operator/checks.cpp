@@ -29,6 +29,8 @@ void check_input(const Tensor& input, bool linear) {
 namespace {
 
 void check_words(const char* function, const Tensor& key) {
+  TORCH_CHECK_TYPE(key.layout() == at::kStrided, function, "(): argument 'key' has layout ",
+                   key.layout(), ", but accepted are strided tensors");
   const auto dtype = key.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kUInt64 || dtype == at::kLong, function,
                    "(): argument 'key' has dtype torch.", c10::getDtypeNames(dtype).first,

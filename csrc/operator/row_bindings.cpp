@@ -19,14 +19,26 @@ namespace {
 // How many of the last dimensions normalized_shape names.
 int64_t unpack_normalized_shape(PyObject* object, const at::Tensor& input) {
   std::vector<int64_t> shape;
-  if (PyLong_Check(object)) {
-    shape.push_back(PyLong_AsLongLong(object));
-  } else {
-    for (const py::handle size : py::reinterpret_borrow<py::object>(object)) {
-      shape.push_back(unpack_index(size.ptr(), "normalized_shape"));
+  const auto add = [&](PyObject* size) {
+    const Py_ssize_t value = PyNumber_AsSsize_t(size, PyExc_OverflowError);
+    if (value == -1 && PyErr_Occurred()) {
+      PyErr_Clear();
+      TORCH_CHECK_TYPE(false,
+                       "dropout_add_norm(): argument 'normalized_shape' must be int or a sequence "
+                       "of ints, not one of ",
+                       Py_TYPE(size)->tp_name);
     }
+    shape.push_back(value);
+  };
+  if (PyIndex_Check(object)) {
+    add(object);
+  } else {
+    TORCH_CHECK_TYPE(PySequence_Check(object),
+                     "dropout_add_norm(): argument 'normalized_shape' must be int or a sequence of "
+                     "ints, not ",
+                     Py_TYPE(object)->tp_name);
+    for (const py::handle size : py::reinterpret_borrow<py::object>(object)) add(size.ptr());
   }
-  if (PyErr_Occurred()) throw python_error();
   const auto n = static_cast<int64_t>(shape.size());
   TORCH_CHECK_VALUE(n > 0 && n <= input.dim() && input.sizes().slice(input.dim() - n) == shape,
                     "dropout_add_norm(): argument 'normalized_shape' is ", at::IntArrayRef(shape),
@@ -102,15 +114,16 @@ PyObject* eager_rows(PyObject*, PyObject* const* args, Py_ssize_t n) {
     call.norm_dims = unpack_normalized_shape(args[12], call.input);
     call.weight = unpack_optional_tensor(args[13], "weight");
     call.bias = unpack_optional_tensor(args[14], "bias");
-    call.eps = args[15] == Py_None ? default_eps(dtype) : unpack_float(args[15], "eps");
     call.rms = unpack_bool(args[16]);
+    const bool default_of_rms = call.rms && args[15] == Py_None;
+    call.eps = default_of_rms ? default_eps(dtype) : unpack_float(args[15], "eps");
     dtype = unpack_dtype(args[17], "dtype").value_or(dtype);
     return_sum = unpack_bool(args[18]);
   }
   at::Tensor out, sum;
   {
     const py::gil_scoped_release no_gil;
-    check_rows(norm ? "dropout_add_norm" : "dropout_add", call, sum_dtype, dtype);
+    check_rows(call, norm, sum_dtype, dtype);
     with_key(call, training, generator, [&] {
       if (norm) {
         std::tie(out, sum, std::ignore, std::ignore) = add_norm(call, sum_dtype, dtype);
@@ -186,13 +199,12 @@ void bind_rows(py::module_& m) {
   }
   m.def(
       "check_rows",
-      [](const std::string& function, const at::Tensor& input,
-         const std::array<std::optional<at::Tensor>, 7>& others, double p, int64_t n_strides,
-         int64_t norm_dims, const py::object& sum_dtype, const py::object& dtype) {
+      [](const at::Tensor& input, const std::array<std::optional<at::Tensor>, 7>& others, double p,
+         int64_t n_strides, std::optional<int64_t> norm_dims, bool rms, const py::object& sum_dtype,
+         const py::object& dtype) {
         const auto at = [&](int i) { return others[i] ? *others[i] : at::Tensor(); };
         const std::vector<c10::SymInt> strides(n_strides);
-        check_rows(function.c_str(),
-                   {.input = input,
+        check_rows({.input = input,
                     .residual = at(0),
                     .input_bias = at(1),
                     .colscale = at(2),
@@ -200,14 +212,15 @@ void bind_rows(py::module_& m) {
                     .key = at(4),
                     .p = p,
                     .mask_strides = strides,
-                    .norm_dims = norm_dims,
+                    .norm_dims = norm_dims.value_or(0),
                     .weight = at(5),
-                    .bias = at(6)},
-                   *unpack_dtype(sum_dtype.ptr(), "sum_dtype"),
+                    .bias = at(6),
+                    .rms = rms},
+                   norm_dims.has_value(), *unpack_dtype(sum_dtype.ptr(), "sum_dtype"),
                    *unpack_dtype(dtype.ptr(), "dtype"));
       },
-      py::arg("function"), py::arg("input"), py::arg("others"), py::arg("p"), py::arg("n_strides"),
-      py::arg("norm_dims"), py::arg("sum_dtype"), py::arg("dtype"));
+      py::arg("input"), py::arg("others"), py::arg("p"), py::arg("n_strides"), py::arg("norm_dims"),
+      py::arg("rms"), py::arg("sum_dtype"), py::arg("dtype"));
 }
 
 }  // namespace dropout_ext

@@ -5,6 +5,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <string>
+
 #include "../cpu/rows.h"
 #include "checks.h"
 #include "kernels.h"
@@ -25,7 +27,8 @@ bool is_real(ScalarType dtype) {
          dtype == at::kBFloat16;
 }
 
-std::string_view name_of(ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
+// A copy: torch 2.11 returns strings.
+std::string name_of(ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
 
 void check_dtype(const char* function, const char* name, ScalarType dtype, ScalarType input) {
   TORCH_CHECK_TYPE(
@@ -179,7 +182,7 @@ void run_rows(const RowCall& call, const Tensor& sum, const Tensor& out, const T
 // Whether the epilogue of one pass over any layout will do, which needs one dtype and no scales.
 bool is_plain_add(const RowCall& call, ScalarType dtype) {
   return call.residual.defined() && !call.has_scales() && dtype == call.input.scalar_type() &&
-         dtype == call.residual.scalar_type() && call.key.defined();
+         dtype == call.residual.scalar_type();
 }
 
 // The thresholds of the kernels have 32 bits: where nothing is kept, they see zeros.
@@ -190,8 +193,13 @@ RowCall of_zeros(RowCall call) {
 }
 
 Tensor add_kernel(const RowCall& call, ScalarType dtype) {
-  check_rows("dropout_add", call, dtype, call.input.scalar_type());
+  check_rows(call, /*norm=*/false, dtype, call.input.scalar_type());
   if (call.keeps_nothing()) return add_kernel(of_zeros(call), dtype);
+  if (!call.key.defined() && !call.has_scales()) {
+    // As the kernels: in the compute type, rounded once.
+    if (!call.residual.defined()) return call.input.to(dtype, false, /*copy=*/true);
+    return at::add(call.input, call.residual).to(dtype);
+  }
   if (is_plain_add(call, dtype)) {
     const Tensor out = new_output(call.input);
     run(call.input, call.residual, out, call.dropout(), Epilogue::kAdd, {call.scale});
@@ -203,7 +211,7 @@ Tensor add_kernel(const RowCall& call, ScalarType dtype) {
 }
 
 AddNorm add_norm_kernel(const RowCall& call, ScalarType sum_dtype, ScalarType dtype) {
-  check_rows("dropout_add_norm", call, sum_dtype, dtype);
+  check_rows(call, /*norm=*/true, sum_dtype, dtype);
   if (call.keeps_nothing()) return add_norm_kernel(of_zeros(call), sum_dtype, dtype);
   const Tensor& input = call.input;
   const auto sizes = input.sizes();
@@ -226,20 +234,37 @@ AddNorm add_norm_kernel(const RowCall& call, ScalarType sum_dtype, ScalarType dt
   return {out, sum, mean, rstd};
 }
 
+void check_backward(const Tensor& grad_out, const Tensor& grad_sum, const Tensor& sum,
+                    const Tensor& mean, const Tensor& rstd, const RowCall& call) {
+  constexpr char kName[] = "add_norm_backward";
+  check_probability(call.p);
+  check_input(sum, /*linear=*/false);
+  if (call.key.defined()) check_key(call.key, sum);
+  check_mask_strides(sum, static_cast<int64_t>(call.mask_strides.size()));
+  const auto sizes = sum.sym_sizes();
+  TORCH_CHECK_VALUE(call.norm_dims > 0 && call.norm_dims <= sum.dim(), kName,
+                    "(): argument 'norm_dims' is ", call.norm_dims, ", but accepted are 1 to ",
+                    sum.dim());
+  const int64_t row_dims = sum.dim() - call.norm_dims;
+  check_beside(kName, "grad_out", grad_out, sum, sizes);
+  check_beside(kName, "grad_sum", grad_sum, sum, sizes);
+  check_beside(kName, "weight", call.weight, sum, sizes.slice(row_dims));
+  check_beside(kName, "rstd", rstd, sum, sizes.slice(0, row_dims));
+  if (!call.rms) check_beside(kName, "mean", mean, sum, sizes.slice(0, row_dims));
+  TORCH_CHECK_VALUE(!cuts_rows(call.key, row_dims), kName, "(): argument 'key' has shape ",
+                    call.key.sym_sizes(),
+                    ", but accepted is (2,) where dimension 0 is part of a row");
+}
+
 AddNorm add_norm_backward_kernel(const Tensor& grad_out, const Tensor& grad_sum_in,
                                  const Tensor& sum, const Tensor& mean, const Tensor& rstd,
                                  const RowCall& call, std::array<bool, 4> wanted) {
   const ScalarType compute = compute_type(sum.scalar_type());
-  TORCH_CHECK_VALUE(
-      call.norm_dims > 0 && call.norm_dims <= sum.dim() && grad_out.sizes() == sum.sizes() &&
-          rstd.sizes() == sum.sizes().slice(0, sum.dim() - call.norm_dims) &&
-          (call.rms || mean.sizes() == rstd.sizes()) && rstd.scalar_type() == compute &&
-          mean.scalar_type() == compute && row_pair(dtype_of(grad_out), dtype_of(sum)) >= 0 &&
-          (!grad_sum_in.defined() || (grad_sum_in.sizes() == sum.sizes() &&
-                                      grad_sum_in.scalar_type() == sum.scalar_type())) &&
-          (!call.weight.defined() ||
-           call.weight.sizes() == sum.sizes().slice(sum.dim() - call.norm_dims)),
-      "add_norm_backward(): arguments do not fit each other");
+  check_backward(grad_out, grad_sum_in, sum, mean, rstd, call);
+  TORCH_CHECK_TYPE(row_pair(dtype_of(grad_out), dtype_of(sum)) >= 0 &&
+                       rstd.scalar_type() == compute && mean.scalar_type() == compute &&
+                       (!grad_sum_in.defined() || grad_sum_in.scalar_type() == sum.scalar_type()),
+                   "add_norm_backward(): arguments have dtypes that do not fit each other");
   const auto options = sum.options();
   const auto row = sum.sizes().slice(sum.dim() - call.norm_dims);
   const auto output = [&](bool is_wanted, at::IntArrayRef sizes, ScalarType dtype) {
@@ -315,8 +340,11 @@ Tensor activation_backward_kernel(const Tensor& grad, const Tensor& input, int64
                                   const Call& call) {
   check(input, call);
   check_activation_input(input);
-  TORCH_CHECK_VALUE(grad.sizes() == input.sizes() && grad.scalar_type() == input.scalar_type(),
-                    "activation_backward(): arguments 'grad' and 'input' differ in shape or dtype");
+  check_beside("activation_backward", "grad", grad, input, input.sym_sizes());
+  TORCH_CHECK_TYPE(grad.scalar_type() == input.scalar_type(),
+                   "activation_backward(): argument 'grad' has dtype torch.",
+                   name_of(grad.scalar_type()), ", but accepted is torch.",
+                   name_of(input.scalar_type()));
   const Tensor out = new_output(input);
   run(grad, input, out, call, Epilogue::kActivationBackward, activation_params(function, call));
   return out;
@@ -324,28 +352,32 @@ Tensor activation_backward_kernel(const Tensor& grad, const Tensor& input, int64
 
 }  // namespace
 
-void check_rows(const char* function, const RowCall& call, ScalarType sum_dtype, ScalarType dtype) {
+void check_rows(const RowCall& call, bool norm, ScalarType sum_dtype, ScalarType dtype) {
+  const char* function = !norm      ? "dropout_add"
+                         : call.rms ? "dropout_add_rms_norm"
+                                    : "dropout_add_layer_norm";
+  const char* sum_name = norm ? "sum_dtype" : "dtype";
   const Tensor& input = call.input;
   check_probability(call.p);
   check_input(input, /*linear=*/false);
   if (call.key.defined()) check_key(call.key, input);
   check_mask_strides(input, static_cast<int64_t>(call.mask_strides.size()));
   const ScalarType from = input.scalar_type();
-  check_dtype(function, "sum_dtype", sum_dtype, from);
+  check_dtype(function, sum_name, sum_dtype, from);
   check_dtype(function, "dtype", dtype, from);
   const auto sizes = input.sym_sizes();
   check_beside(function, "residual", call.residual, input, sizes);
   // Rounded once: a residual is never narrowed before it is added.
   TORCH_CHECK_TYPE(!call.residual.defined() || sum_dtype == call.residual.scalar_type() ||
                        sum_dtype == at::kFloat,
-                   function, "(): argument 'sum_dtype' is torch.", name_of(sum_dtype),
+                   function, "(): argument '", sum_name, "' is torch.", name_of(sum_dtype),
                    ", but accepted beside a residual of torch.",
                    name_of(call.residual.scalar_type()), " are that and float32");
   const auto last = sizes.slice(std::max<int64_t>(input.dim(), 1) - 1);
   check_beside(function, "input_bias", call.input_bias, input, last);
   check_beside(function, "colscale", call.colscale, input, last);
-  TORCH_CHECK_VALUE(call.norm_dims >= 0 && call.norm_dims <= input.dim(), function,
-                    "(): argument 'norm_dims' is ", call.norm_dims, ", but accepted are 0 to ",
+  TORCH_CHECK_VALUE(call.norm_dims >= norm && call.norm_dims <= input.dim(), function,
+                    "(): argument 'norm_dims' is ", call.norm_dims, ", but accepted are 1 to ",
                     input.dim());
   const int64_t row_dims = input.dim() - call.norm_dims;
   const int64_t scale_dims = call.norm_dims > 0 ? row_dims : std::max<int64_t>(input.dim(), 1) - 1;
@@ -359,7 +391,7 @@ void check_rows(const char* function, const RowCall& call, ScalarType sum_dtype,
     return type == sum_dtype || type == at::kFloat || sum_dtype == at::kFloat;
   };
   TORCH_CHECK_TYPE(pair(from) && pair(dtype), function, "(): argument '",
-                   pair(from) ? "dtype" : "sum_dtype", "' is torch.",
+                   pair(from) ? "dtype" : sum_name, "' is torch.",
                    name_of(pair(from) ? dtype : sum_dtype),
                    ", but float16 and bfloat16 together "
                    "are not accepted");

@@ -38,9 +38,8 @@ inline at::ScalarType compute_type(at::ScalarType sum) {
   return sum == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// `function` names what the errors are about.
-void check_rows(const char* function, const RowCall& call, at::ScalarType sum_dtype,
-                at::ScalarType dtype);
+// Of add, or with `norm` of add_norm.
+void check_rows(const RowCall& call, bool norm, at::ScalarType sum_dtype, at::ScalarType dtype);
 
 at::Tensor add(const RowCall& call, at::ScalarType dtype);
 

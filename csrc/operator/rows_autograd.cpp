@@ -43,7 +43,7 @@ Tensor scaled(const Tensor& input, const RowCall& call, ScalarType compute) {
   if (call.input_bias.defined()) t = t + call.input_bias;
   if (call.colscale.defined()) t = t * call.colscale;
   if (call.rowscale.defined()) {
-    Tensor rows = call.rowscale.to(compute);
+    Tensor rows = call.rowscale.detach().to(compute);  // takes no gradient
     while (rows.dim() < t.dim()) rows = rows.unsqueeze(-1);
     t = t * rows;
   }
@@ -54,7 +54,8 @@ Tensor composed_sum(const RowCall& call, ScalarType dtype) {
   const ScalarType compute = compute_type(dtype);
   Tensor sum = dropped(scaled(call.input, call, compute), call.dropout());
   if (call.residual.defined()) sum = sum + call.residual;
-  return sum.to(dtype);
+  return sum.is_same(call.input) ? sum.to(dtype, /*non_blocking=*/false, /*copy=*/true)
+                                 : sum.to(dtype);
 }
 
 Tensor composed_norm(const Tensor& sum, const RowCall& call, ScalarType dtype) {
@@ -333,7 +334,7 @@ Tensor add_autograd(const RowCall& call, ScalarType dtype) {
   const Tensor &input = call.input, &residual = call.residual, &input_bias = call.input_bias,
                &colscale = call.colscale;
   if (any_needs_composition(input, residual, input_bias, colscale)) {
-    check_rows("dropout_add", call, dtype, input.scalar_type());
+    check_rows(call, /*norm=*/false, dtype, input.scalar_type());
     return composed_sum(call, dtype);
   }
   if (any_needs_graph(input, residual, input_bias, colscale)) {
@@ -348,7 +349,7 @@ AddNorm add_norm_autograd(const RowCall& call, ScalarType sum_dtype, ScalarType 
   const Tensor &input = call.input, &residual = call.residual, &input_bias = call.input_bias,
                &colscale = call.colscale, &weight = call.weight, &bias = call.bias;
   if (any_needs_composition(input, residual, input_bias, colscale, weight, bias)) {
-    check_rows("dropout_add_norm", call, sum_dtype, dtype);
+    check_rows(call, /*norm=*/true, sum_dtype, dtype);
     const Tensor sum = composed_sum(call, sum_dtype);
     const Tensor none = at::empty({0}, sum.options().dtype(compute_type(sum_dtype)));
     return {composed_norm(sum, call, dtype), sum, none, none};

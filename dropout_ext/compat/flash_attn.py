@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from .. import _C, _draw, functional, fused
 
@@ -27,7 +28,8 @@ def _dropout_add_norm(
         sum_dtype = torch.float32 if residual_in_fp32 else x0.dtype
     key = None
     if return_dropout_mask and dropout_p > 0:
-        _C.check_call(x0, None, dropout_p, None, 0.0, 0)  # before the draw
+        if not is_dynamo_compiling():
+            _C.check_call(x0, None, dropout_p, None, 0.0, 0)  # before the draw
         key = _draw.draw_key(x0, None)
     z, total = function(
         x0, residual, x0.shape[-1:], *norm, dropout_p, dropout_p > 0, return_sum=True,

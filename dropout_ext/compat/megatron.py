@@ -14,7 +14,10 @@ __all__ = ["bias_dropout_add_fused_inference", "bias_dropout_add_fused_train",
 
 def _bias_dropout_add(x_with_bias, residual, prob, training):
     x, bias = x_with_bias
-    # As there: a residual of another dtype, float32 under fp32_residual_connection, is the sum's.
+    # As there: what follows, pipeline communication above all, relies on the dtype of x.
+    residual = residual.to(x.dtype)
+    if bias is not None and bias.shape != x.shape[-1:]:  # expanded by the caller, as it once was
+        x, bias = x + bias, None
     return fused.dropout_add(x, residual, prob, training, input_bias=bias)
 
 
@@ -25,12 +28,12 @@ def bias_dropout_add_fused_train(
     `megatron.core.fusions.fused_bias_dropout.bias_dropout_add_fused_train`.
 
     Args:
-        x_with_bias (tuple): x, and its bias of shape (x.shape[-1],) or None.
+        x_with_bias (tuple): x, and its bias of shape (x.shape[-1],), or expanded, or None.
         residual (Tensor): of the shape of x.
         prob (float): probability of a drop, 0 to 1.
 
     Returns:
-        Tensor: of the shape of x and the dtype of `residual`.
+        Tensor: of the shape and dtype of x.
 
     Raises:
         ValueError: `prob` outside [0, 1]; a tensor of another shape or device.
@@ -53,12 +56,12 @@ def bias_dropout_add_fused_inference(
     `megatron.core.fusions.fused_bias_dropout.bias_dropout_add_fused_inference`.
 
     Args:
-        x_with_bias (tuple): x, and its bias of shape (x.shape[-1],) or None.
+        x_with_bias (tuple): x, and its bias of shape (x.shape[-1],), or expanded, or None.
         residual (Tensor): of the shape of x.
         prob (float): not used.
 
     Returns:
-        Tensor: of the shape of x and the dtype of `residual`.
+        Tensor: of the shape and dtype of x.
 
     Raises:
         ValueError: a tensor of another shape or device.
