@@ -15,12 +15,10 @@ BUILT := build/.built$(if $(filter 1,$(DROPOUT_EXT_DEBUG)),-debug)
 CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # What a CUDA build without a GPU can show of itself, and the oldest torch of what differs between
 # versions; `make test` runs everything.
-CUDA_BUILD_TESTS = $(foreach t,contract operator keys module family errors layouts functorch autograd \
+CUDA_BUILD_TESTS = $(foreach t,operator keys module family errors layouts functorch autograd \
   checkpoint compile seeds modes amp interop monte_carlo distributed fused compat,tests/test_$(t).py)
 # What calls the extension in every way, in minutes.
 SANITIZE_TESTS = $(foreach t,operator layouts errors keys fuzz,tests/test_$(t).py)
-# What reads other files than the package and the tests.
-DIST_TESTS = $(foreach t,contract cuda_static docs,tests/test_$(t).py)
 QUICK_FLAG = $(if $(filter-out 0,$(QUICK)),--quick)
 
 # Into a directory whose build/ stays: an extension built there leaves the one of `make build` alone.
@@ -115,7 +113,8 @@ cuda-build: ## build, import and test the CUDA extension as far as that goes wit
 	@cd build/with-cuda && DROPOUT_EXT_CUDA=1 $(PY_CUDA) setup.py -q build_ext --inplace \
 	  >../cuda-build.log 2>&1 || { cat ../cuda-build.log; exit 1; }
 	cd build/with-cuda && $(PY_CUDA) -m dropout_ext
-	cd build/with-cuda && $(PY_CUDA) -m pytest --timeout=300 -m "not cuda and not slow" $(CUDA_BUILD_TESTS) $(ARGS)
+	cd build/with-cuda && $(PY_CUDA) -m pytest --timeout=300 -m "not cuda and not slow" \
+	  $(CUDA_BUILD_TESTS) $(ARGS)
 
 cuda-static: build ## compile the kernels for every architecture; compare their instruction counts
 	$(PY) tools/cuda_static.py --check $(ARGS)
@@ -131,7 +130,7 @@ dist: build ## sdist and a wheel made from it, installed apart and checked; test
 	  { echo "make dist: MANIFEST.in leaves these files out of the sdist"; exit 1; }
 	cp build/dist/site/dropout_ext/_C*.so build/dist/dropout_ext-*/dropout_ext/
 	cd build/dist/dropout_ext-*/ && $(abspath $(PY)) -m pytest -q --collect-only >/dev/null
-	cd build/dist/dropout_ext-*/ && $(abspath $(PY)) -m pytest -q --timeout=300 $(DIST_TESTS) $(ARGS)
+	cd build/dist/dropout_ext-*/ && $(abspath $(PY)) -m pytest -q --timeout=300 tests/test_docs.py $(ARGS)
 
 gpu-check: ## on a machine with a GPU: build, test and measure with what is installed there
 	$(PYTHON) tools/gpu_check.py $(ARGS)
