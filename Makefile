@@ -36,7 +36,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help build test fuzz sanitize bench bench-compare stats plots demo lint format cuda-build \
-  cuda-static gpu-check dist clean distclean
+  cuda-static gpu-check dist clean distclean tidy
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,18 @@ $(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*/*)
 	@echo "building the extension (log: build/build.log)"
 	@$(PY) setup.py -q build_ext --inplace --force >build/build.log 2>&1 || { cat build/build.log; exit 1; }
 	@rm -f build/.built*; mv build/.started $@
+
+compile_commands.json: $(BUILT) ## how each source is compiled, for editors and clang-tidy
+	@$(VENV)/bin/ninja -C $$(ls -td build/temp.* | head -1) -t compdb compile >$@
+
+# The operators are read as one source: nearly all of the time goes into torch's headers.
+tidy: compile_commands.json ## clang-tidy (of the system), on all but the CUDA sources
+	@mkdir -p build/tidy
+	@for file in csrc/operator/*.cpp; do echo "#include \"../../$$file\"  // NOLINT"; done \
+	  >build/tidy/operators.cpp
+	@sed s:csrc/operator/ops.cpp:build/tidy/operators.cpp: $< >build/tidy/compile_commands.json
+	(ls csrc/*/*.cpp | grep -vE '^csrc/(cuda|operator)/'; echo build/tidy/operators.cpp) | \
+	  xargs -P $$(nproc) -n 1 clang-tidy -p build/tidy --quiet
 
 test: build ## run the tests; ARGS="-k name" narrows them
 	$(PY) -m pytest --timeout=300 $(ARGS)
@@ -136,7 +148,7 @@ gpu-check: ## on a machine with a GPU: build, test and measure with what is inst
 	$(PYTHON) tools/gpu_check.py $(ARGS)
 
 clean: ## remove what was built
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache compile_commands.json .hypothesis .benchmarks
 	rm -f dropout_ext/*.so dropout_ext/*.pyd
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 

@@ -87,7 +87,7 @@ DROPOUT_EXT_INLINE void for_each_kept(Source source, int skip, int64_t n, const 
     source.template next<kGroupsAtATime>(keep);
     for (int v = 0; v < kGroupsAtATime * kVectors; ++v) whole(Whole{at + v * kVector}, keep[v]);
   }
-  while (at < n) part_of_group(0, n - at);
+  while (at < n) part_of_group(0, n - at);  // NOLINT(bugprone-infinite-loop): it advances
 }
 
 template <class F>

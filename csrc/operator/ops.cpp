@@ -142,7 +142,7 @@ Tensor apply_kernel(const Tensor& input, const Tensor& key, double p, double sca
                     double dropped) {
   const Call call{key, p, scale, mask_strides, std::move(mask_offset), bias, dropped};
   check(input, call);
-  const Tensor out = new_output(input);
+  Tensor out = new_output(input);
   run(input, {}, out, call, Epilogue::kAffine, {scale, bias.value_or(-0.0), dropped});
   return out;
 }

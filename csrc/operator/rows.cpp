@@ -201,11 +201,11 @@ Tensor add_kernel(const RowCall& call, ScalarType dtype) {
     return at::add(call.input, call.residual).to(dtype);
   }
   if (is_plain_add(call, dtype)) {
-    const Tensor out = new_output(call.input);
+    Tensor out = new_output(call.input);
     run(call.input, call.residual, out, call.dropout(), Epilogue::kAdd, {call.scale});
     return out;
   }
-  const Tensor out = at::empty(call.input.sizes(), call.input.options().dtype(dtype));
+  Tensor out = at::empty(call.input.sizes(), call.input.options().dtype(dtype));
   if (out.numel() > 0) run_rows(call, out, {}, {}, {});
   return out;
 }
@@ -331,7 +331,7 @@ void check_activation_input(const Tensor& input) {
 Tensor activation_kernel(const Tensor& input, int64_t function, const Call& call) {
   check(input, call);
   check_activation_input(input);
-  const Tensor out = new_output(input);
+  Tensor out = new_output(input);
   run(input, {}, out, call, Epilogue::kActivation, activation_params(function, call));
   return out;
 }
@@ -345,7 +345,7 @@ Tensor activation_backward_kernel(const Tensor& grad, const Tensor& input, int64
                    "activation_backward(): argument 'grad' has dtype torch.",
                    name_of(grad.scalar_type()), ", but accepted is torch.",
                    name_of(input.scalar_type()));
-  const Tensor out = new_output(input);
+  Tensor out = new_output(input);
   run(grad, input, out, call, Epilogue::kActivationBackward, activation_params(function, call));
   return out;
 }
