@@ -1,6 +1,7 @@
 """Functional dropout calls of PyTorch routed to ours, without a change to the model."""
 
 import functools
+import inspect
 from types import FunctionType
 
 import torch
@@ -12,6 +13,7 @@ from torch._ops import HigherOrderOperator
 from torch.compiler import is_dynamo_compiling
 from torch.nn.parameter import Buffer, Parameter
 from torch.overrides import TorchFunctionMode
+from torch.utils._contextlib import _NoParamDecoratorContextManager
 
 from . import _attention as _sdpa
 from . import functional
@@ -36,7 +38,7 @@ def _no_frame(function):
     return function
 
 
-class override(TorchFunctionMode):
+class override(TorchFunctionMode, _NoParamDecoratorContextManager):
     """`with override():` sends functional dropout to `dropout_ext.functional`, in the thread that
     entered it, in eager mode and under `torch.compile`, entered outside of the compiled function or
     inside of it. It nests.
@@ -63,7 +65,42 @@ class override(TorchFunctionMode):
     outside. They leave their fast path under any torch-function mode, as they do after
     `torch.backends.mha.set_fastpath_enabled(False)`: a nested tensor is an error, padded positions
     are not set to 0, and rows that are masked altogether have other values.
+
+    Args:
+        orig_func (callable, optional): what `@override` decorates, a function or a generator
+            function, which then runs under it. `@override()` does the same. Default: None, for
+            `with`
+
+    Raises:
+        TypeError: decorates a class, a module or an async function.
+
+    Example:
+        >>> x = torch.ones(1000)
+        >>> with dropout_ext.override():
+        ...     y = torch.nn.functional.dropout(x, 0.1)  # dropout_ext.dropout(x, 0.1)
+        >>> @dropout_ext.override()
+        ... def layer(x):
+        ...     return torch.nn.functional.dropout(x, 0.1)
+        >>> _ = torch.manual_seed(0)
+        >>> y = layer(x)
+        >>> _ = torch.manual_seed(0)
+        >>> torch.equal(y, dropout_ext.dropout(x, 0.1))
+        True
     """
+
+    def __call__(self, orig_func):
+        what, given = None, orig_func
+        if inspect.isclass(given):
+            what = f"the class {given.__name__}: decorate its methods"
+        elif isinstance(given, torch.nn.Module):
+            what = f"{type(given).__name__}: use `with override():`, or decorate its forward"
+        elif inspect.iscoroutinefunction(given) or inspect.isasyncgenfunction(given):
+            what = f"the async function {given.__name__}: use `with override():` inside of it"
+        elif not callable(given):
+            what = type(given).__name__
+        if what is not None:
+            raise TypeError(f"override(): argument 'orig_func' must be a function, not {what}")
+        return super().__call__(orig_func)
 
     @_no_frame
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -429,6 +429,59 @@ def test_nesting_and_exceptions():
     assert who_drops(lambda: F.dropout(x)) == "torch"
 
 
+def plain(x):
+    """Drops."""
+    return F.dropout(x)
+
+
+@pytest.mark.parametrize("decorate", [override, override()], ids=["@override", "@override()"])
+def test_decorator(decorate):
+    x = torch.ones(100)
+    routed = decorate(plain)
+    assert (routed.__name__, routed.__doc__) == ("plain", "Drops.")
+    for _ in range(2):
+        assert who_drops(lambda: routed(x)) == "ours"
+        assert who_drops(lambda: plain(x)) == "torch"
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: routed(x * 1), backend="aot_eager", fullgraph=True)
+    torch.manual_seed(2)
+    y = compiled(x)
+    torch.manual_seed(2)
+    assert_same_bits(y, dropout_ext.dropout(x))
+
+
+def test_a_decorated_generator_drops_by_ours_only_while_it_runs():
+    @override
+    def steps(x):
+        yield F.dropout(x)
+        yield F.dropout(x)
+
+    running = steps(torch.ones(100))
+    for _ in range(2):
+        assert who_drops(lambda: next(running)) == "ours"
+        assert who_drops(lambda: F.dropout(torch.ones(100))) == "torch"
+
+
+async def asynchronous(x):
+    return F.dropout(x)
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        (0.5, "float"),
+        (torch.ones(2), "Tensor"),
+        (nn.Dropout, "the class Dropout: decorate its methods"),
+        (nn.Dropout(), "Dropout: use `with override"),
+        (asynchronous, "the async function asynchronous: use `with"),
+    ],
+)
+@pytest.mark.parametrize("decorate", [override, override()], ids=["@override", "@override()"])
+def test_what_cannot_be_decorated(decorate, what, reason):
+    with pytest.raises(TypeError, match=rf"'orig_func' must be a function, not {reason}"):
+        decorate(what)
+
+
 def test_threads_do_not_see_each_other():
     x = random_tensor((64, 50))
     barrier = threading.Barrier(4)
