@@ -36,7 +36,24 @@ def convert(model: nn.Module) -> nn.Module:
     FSDP keep working, before and after wrapping; only a dropout module that is itself an argument
     of `fully_shard` has a class of FSDP's own by then: convert it before.
 
-    TypeError if `model` is no module.
+    Args:
+        model (torch.nn.Module): a model of any library, or a single dropout module.
+
+    Returns:
+        torch.nn.Module: `model` itself.
+
+    Raises:
+        TypeError: `model` is no module.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Dropout(0.1))
+        >>> dropout_ext.convert(model)
+        Sequential(
+          (0): Linear(in_features=16, out_features=32, bias=True)
+          (1): Dropout(p=0.1, inplace=False)
+        )
+        >>> type(model[1])
+        <class 'dropout_ext.modules.Dropout'>
     """
     for module in _modules("convert", model):
         if _obstacle(module) is None and type(module) in _OURS:
@@ -47,8 +64,23 @@ def convert(model: nn.Module) -> nn.Module:
 def revert(model: nn.Module) -> nn.Module:
     """Undoes `convert`, in place; returns `model`.
 
-    Left alone is what `torch.nn` has no counterpart of: DropPath, LockedDropout, and modules with a
-    generator or with shared dimensions.
+    It takes modules of ours that were constructed as such for converted ones. Left alone is what
+    `torch.nn` has no counterpart of: DropPath, LockedDropout, and modules with a generator or with
+    shared dimensions.
+
+    Args:
+        model (torch.nn.Module): the model, or a single dropout module.
+
+    Returns:
+        torch.nn.Module: `model` itself.
+
+    Raises:
+        TypeError: `model` is no module.
+
+    Example:
+        >>> model = dropout_ext.convert(torch.nn.Sequential(torch.nn.Dropout(0.1)))
+        >>> type(dropout_ext.revert(model)[0])
+        <class 'torch.nn.modules.dropout.Dropout'>
     """
     for module in _modules("revert", model):
         if type(module) in _TORCH and not any(vars(module).get(name) for name in _EXTRA):
@@ -57,6 +89,8 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 class SummaryRow(NamedTuple):
+    """One module of a `dropout_summary`."""
+
     name: str  # as in named_modules()
     type: str
     p: float | None
@@ -81,11 +115,34 @@ class DropoutSummary(list[SummaryRow]):
 
 
 def dropout_summary(model: nn.Module) -> DropoutSummary:
-    """The modules of `model` that drop: what is ours already ("converted"), what `convert` would
-    turn into ours ("to convert"), what it leaves ("left"), and why. Modules that skip their layers
-    by chance (LayerDrop) are among the last, by their attribute or configuration `layerdrop`.
+    """Lists the modules of `model` that drop, and what `convert` makes of each. It changes nothing.
 
-    Functional calls in a model's own code cannot be listed. `print` shows a table.
+    Modules that skip their layers by chance (LayerDrop) are listed too, by their attribute or
+    configuration `layerdrop`. Functional calls in a model's own code cannot be listed.
+
+    Args:
+        model (torch.nn.Module): the model, or a single module.
+
+    Returns:
+        DropoutSummary: a list of one named tuple per module, in the order of `named_modules`, which
+        `print` shows as a table. `name` and `type` say which module it is; `p` is its probability,
+        None where it has none that can be read. `state` is "converted" for a module of ours, "to
+        convert" for one that `convert` would turn into ours, and "left" for one that it leaves;
+        `reason` says why it is left and is empty otherwise.
+
+    Raises:
+        TypeError: `model` is no module.
+
+    Example:
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.LSTM(8, 8, num_layers=2, dropout=0.2), torch.nn.Dropout(0.1)
+        ... )
+        >>> print(dropout_ext.dropout_summary(model))
+        module  type     p    state       reason
+        0       LSTM     0.2  left        drops between its layers inside C++, out of reach
+        1       Dropout  0.1  to convert
+        >>> [row.name for row in dropout_ext.dropout_summary(model) if row.state == "left"]
+        ['0']
     """
     rows = DropoutSummary()
     _modules("dropout_summary", model)

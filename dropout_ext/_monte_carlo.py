@@ -23,14 +23,32 @@ _DROP_INSIDE = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
 def monte_carlo(
     model: nn.Module, also: Sequence[nn.Module | type[nn.Module]] = ()
 ) -> Iterator[nn.Module]:
-    """`with monte_carlo(model):` runs `model` in eval mode with its dropout on: dropout modules of
-    any library, `nn.LSTM` and the like, and `nn.MultiheadAttention`. Batch norm stays in eval mode.
-    At the end every module has its own mode back.
+    """`with monte_carlo(model):` puts `model` into eval mode with its dropout on.
 
-    also: further modules, or classes of modules, to keep in training mode, such as those that call
-        functional dropout by their own `training`. Their submodules are not included.
+    On are dropout modules of any library, `nn.LSTM` and the like, and `nn.MultiheadAttention`.
+    Batch norm stays in eval mode. At the end, of an exception too, every module has its own mode
+    back. Each call of the model in between is one sample of an approximate posterior: Gal,
+    Ghahramani, "Dropout as a Bayesian approximation", ICML 2016.
 
-    TypeError if `model` is no module.
+    Args:
+        model (torch.nn.Module): the model, whose training flags are set.
+        also (sequence of torch.nn.Module or of classes of them): what else to keep in training
+            mode, such as modules that call functional dropout by their own `training`. Their
+            submodules are not included. Default: ()
+
+    Returns:
+        context manager: its value is `model` itself.
+
+    Raises:
+        TypeError: `model` is no module.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), dropout_ext.Dropout(0.5)).eval()
+        >>> with dropout_ext.monte_carlo(model):
+        ...     [module.training for module in model]
+        [False, True]
+        >>> [module.training for module in model]
+        [False, False]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -62,19 +80,49 @@ def predict(
     batch: int | None = None,
     also: Sequence[nn.Module | type[nn.Module]] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of `model(x)` over `samples` draws of its dropout, no gradients.
+    """Mean and standard deviation of `model(x)` over `samples` draws of its dropout, without
+    gradients: a prediction and its uncertainty.
 
-    x: the batch in dimension 0, as in the output of `model`.
-    samples: number of draws, at least 2.
-    key: shape (2,), from `dropout_ext.key`. Seeds the default generators and those that modules of
-        the model hold, for the time of the call, so that the same key, samples and batch give the
-        same result and the generators stay as they are. By 32 bits only, on the CPU: PyTorch's
-        generator takes no more. None draws from the generators.
-    batch: samples per pass, which takes batch * x.shape[0] rows. None tries all in one pass, and
-        half as many as often as memory runs out. Masks that are shared along dimension 0 take 1.
-    also: as in `monte_carlo`.
+    The model runs under :func:`dropout_ext.monte_carlo`, several samples in one pass as the rows of
+    a larger batch. The standard deviation is that of the samples, with n - 1: Gal, Ghahramani,
+    "Dropout as a Bayesian approximation", ICML 2016.
 
-    The output of `model` is floating point or complex; the deviation of a complex one is real.
+    Args:
+        model (torch.nn.Module): takes `x` and returns a tensor with the batch in dimension 0,
+            floating point or complex.
+        x (Tensor): the input, with the batch in dimension 0.
+        samples (int): how many draws, at least 2.
+        key (Tensor, optional): uint64 or int64 of shape (2,), see :func:`dropout_ext.key`. It seeds
+            the default generators, and those that modules of the model hold, for the time of the
+            call: the same key, samples and batch give the same result, and the generators stay as
+            they are. On the CPU by 32 bits only, because PyTorch's generator there takes no more.
+            Default: None, draws from the generators
+        batch (int, optional): samples per pass, of batch * x.shape[0] rows. Where samples share
+            decisions along dimension 0 it must be 1. Default: None, all in one pass, and half as
+            many as often as memory runs out
+        also (sequence of torch.nn.Module or of classes of them): what else to keep in training
+            mode, such as modules that call functional dropout by their own `training`. Default: ()
+
+    Shape:
+        - x: (N, *)
+        - both results: the shape of `model(x)`, (N, ...)
+
+    Returns:
+        tuple of Tensor: mean and standard deviation, in the dtype of `model(x)`; the deviation of a
+        complex output is real. 16-bit types are averaged in float32.
+
+    Raises:
+        TypeError: an argument of another type or dtype; an output that is no tensor, or an integer
+            one.
+        ValueError: `x` of no dimensions, `samples` below 2, `batch` below 1, a key of another
+            shape; an output without the batch in dimension 0.
+
+    Example:
+        >>> model = torch.nn.Sequential(dropout_ext.Dropout(0.5), torch.nn.Flatten(0))
+        >>> x = torch.ones(3, 1)
+        >>> mean, std = dropout_ext.predict(model, x, samples=1000, key=dropout_ext.key(seed=42))
+        >>> mean.shape, bool((mean - 1).abs().max() < 0.2), bool((std - 1).abs().max() < 0.2)
+        (torch.Size([3]), True, True)
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"predict(): argument 'x' must be Tensor, not {type(x).__name__}")
