@@ -208,7 +208,7 @@ def _never(tensors) -> bool:
 
 def _copy(function, **replaced):
     """`function` with other globals: it does not go to a mode again, and calls what is replaced."""
-    # By a __name__ among them Dynamo would find PyTorch's globals.
+    # Dynamo finds the globals of a function by their __name__, and would find PyTorch's.
     names = {name: value for name, value in function.__globals__.items() if name != "__name__"}
     names |= {"has_torch_function": _never, "has_torch_function_unary": _never} | replaced
     copy = FunctionType(
@@ -218,8 +218,8 @@ def _copy(function, **replaced):
     return copy
 
 
-# While a mode handles a call, the calls inside of it pass the mode by. This is the only function of
-# PyTorch that drops inside and is written in Python.
+# PyTorch switches a mode off while the mode handles a call, so that dropout inside of the call does
+# not come to it. This is the only function of PyTorch that drops inside and is written in Python.
 _multi_head_attention = _copy(
     F.multi_head_attention_forward,
     dropout=functional.dropout,
@@ -291,8 +291,8 @@ _carry_into_checkpoints()
 
 
 def _region(operator, args, kwargs):
-    """A call of a higher-order operator while it is traced. Its functions are traced after the mode
-    has passed the call on, where they pass the mode by: so they enter it again.
+    """A call of a higher-order operator while it is traced. The functions that it is given are
+    traced while the mode handles the call, and is switched off. So each of them enters it again.
     """
     places = ()
     for kind, where in _REGIONS.items():

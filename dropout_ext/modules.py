@@ -31,8 +31,8 @@ def _no_script(module: nn.Module):
 
 
 class _WithGenerator:
-    """A generator to draw keys from. On the class: an nn module whose __class__ is set to ours has
-    no such attribute of its own.
+    """A generator to draw keys from. Its default stands on the class, because a module of torch.nn
+    that `convert` turned into ours was constructed without one.
     """
 
     generator: torch.Generator | None = None
