@@ -128,24 +128,22 @@ def test_report(check, tmp_path):
     assert check(build=("pass", ""), tests=("pass", ""), sanitizer=("not run", ""),
                  benchmark=("pass", "")) == 0  # fmt: skip
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"report.json", "report.md", "bench.csv", "floor.svg"}
+    assert names == {"report.json", "report.md", "bench.csv"}
     content = json.loads((tmp_path / "report.json").read_text())
-    assert content["machine"] == INFO and len(content["figures"]) == 1
+    assert content["machine"] == INFO
     assert list(statuses(tmp_path).values()) == ["pass", "pass", "not run", "pass"]
     text = (tmp_path / "report.md").read_text()
     assert "| sanitizer | not run |" in text and "| c | s | 1 s | >= 0.92 | yes |" in text
     assert "about sanitizer" in text
-    picture = (tmp_path / "floor.svg").read_text()
-    assert "forward bfloat16 64" in picture and "0.95" in picture and "&lt;Test&gt;" in picture
 
 
 def test_whole_logs_of_what_failed(check, monkeypatch, tmp_path):
-    """Within eight files of 16 MiB, all in one folder, whatever fails."""
+    """Within seven files of 16 MiB, all in one folder, whatever fails."""
     log = "".join(f"line {i}\n" for i in range(1000))
     parts = dict.fromkeys(("tests", "sanitizer", "benchmark"), ("fail", log))
     assert check(build=("fail", log), **parts) == 1
     files = list(tmp_path.iterdir())
-    assert all(path.is_file() for path in files) and len(files) == 8
+    assert all(path.is_file() for path in files) and len(files) == 7
     for name in (*parts, "build"):
         assert (tmp_path / f"{name}.log").read_text() == log
     assert gpu_check.MAX_FILE_BYTES == 16 * 2**20

@@ -8,11 +8,11 @@ Each part ends within eight minutes, so where a command may take no more than te
 command, `--only build` first: they add to one report. `--built` takes an extension that was built
 elsewhere for this Python and torch instead of building one (docs/cuda.md says how).
 
-The report in benchmarks/results/<device> is at most eight files of at most 16 MiB: report.md,
-report.json, bench.csv, floor.svg, and of each part that failed its whole log. Logs and bench.csv
-are there while a part runs. A part that the machine cannot run is reported as not run, with the
-reason, and the rest goes on. Exit status: 0 if nothing failed, 1 if something did, 2 if the machine
-lacks what the parts need.
+The report in benchmarks/results/<device> is at most seven files of at most 16 MiB: report.md, to be
+read; report.json, by which a later command adds to it; bench.csv; and of each part that failed its
+whole log. Logs and bench.csv are there while a part runs. A part that the machine cannot run is
+reported as not run, with the reason, and the rest goes on. Exit status: 0 if nothing failed, 1 if
+something did, 2 if the machine lacks what the parts need.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
-import html
 import importlib.metadata
 import importlib.util
 import json
@@ -444,37 +443,6 @@ def machine() -> dict[str, str]:
     return info
 
 
-def shares(rows: list[dict]) -> list[tuple[str, float]]:
-    """Ours beside the floor, where the benchmark has both."""
-    found = []
-    for row in rows:
-        timed = row.get("metric", "time") == "time" and row.get("role") == "ours"
-        if timed and row.get("share_of_floor"):
-            label = f"{row['op']} {row['dtype']} {row['elements']}"
-            found.append((label, float(row["share_of_floor"])))
-    return found
-
-
-def draw(rows: list[dict], path: Path, device: str) -> None:
-    """Bars of the share of the floor, as SVG: needs no plotting library."""
-    bars = shares(rows)
-    width, line = 720, 18
-    height = 60 + line * len(bars)
-    style = 'font-family="sans-serif" font-size="12"'
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" {style}>',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="10" y="20">{html.escape(device)}: share of the floor (y.copy_(x))</text>',
-    ]
-    for i, (label, share) in enumerate(bars):
-        y = 36 + line * i
-        parts.append(f'<text x="10" y="{y + 12}">{html.escape(label)}</text>')
-        size = 300 * min(share, 1.3)
-        parts.append(f'<rect x="300" y="{y}" width="{size:.0f}" height="13" fill="#4477aa"/>')
-        parts.append(f'<text x="{310 + size:.0f}" y="{y + 12}">{share:.2f}</text>')
-    path.write_text("\n".join([*parts, "</svg>", ""]))
-
-
 def earlier(out: Path, info: dict[str, str]) -> dict[str, Part]:
     """The parts that commands before this one left in the report, of the same machine and code."""
     path = out / "report.json"
@@ -491,9 +459,7 @@ def earlier(out: Path, info: dict[str, str]) -> dict[str, Part]:
 
 def report(out: Path, info: dict[str, str], parts: list[Part]) -> None:
     rows = figures(out) if any(part.name == "benchmark" for part in parts) else []
-    if rows:
-        draw(rows, out / "floor.svg", info["device"])
-    content = {"machine": info, "parts": [asdict(part) for part in parts], "figures": rows}
+    content = {"machine": info, "parts": [asdict(part) for part in parts]}
     (out / "report.json").write_text(json.dumps(content, indent=1) + "\n")
     lines = [f"# {info['device']}", ""]
     lines += [f"- {name}: {value}" for name, value in info.items() if name != "device"]
@@ -514,8 +480,6 @@ def report(out: Path, info: dict[str, str], parts: list[Part]) -> None:
         for row in judged:
             cells = (row["case"], row["side"], f"{row['p50']} {row['unit']}", row["bar"])
             lines.append(f"| {' | '.join(cells)} | {'yes' if row['met'] == 'True' else 'no'} |")
-    if rows:
-        lines += ["", "![floor.svg](floor.svg)"]
     (out / "report.md").write_text("\n".join([*lines, ""]))
 
 
