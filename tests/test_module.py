@@ -116,14 +116,6 @@ def test_generator_of_a_module(module, key):
     assert_same_bits(with_own, module(x.clone(), key=~torch.cat(words)))
 
 
-def test_generator_argument():
-    generator = torch.Generator().manual_seed(5)
-    module = dropout_ext.Dropout(0.5, generator=generator)
-    state = generator.get_state()
-    module(torch.ones(10))
-    assert not torch.equal(generator.get_state(), state)
-
-
 def test_dropout_module(key):
     x = random_tensor((50, 60))
     y = dropout_ext.Dropout(0.25)(x, key=key)

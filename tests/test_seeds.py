@@ -1,7 +1,5 @@
 """One seed gives the same masks on every path, and generators work everywhere."""
 
-import threading
-
 import pytest
 import torch
 from helpers import assert_same_bits, random_tensor
@@ -162,29 +160,6 @@ def test_generator_of_another_device():
         pytest.skip("a CUDA generator would be made")
     x = torch.ones(4, device="meta")
     assert dropout_ext.dropout(x, generator=torch.Generator()).shape == (4,)
-
-
-@pytest.mark.parametrize("own_generator", [False, True])
-def test_threads_never_share_a_key(own_generator):
-    """Eight threads, one generator, 16,000 draws: 128-bit keys do not meet by chance."""
-    generator = torch.Generator().manual_seed(0) if own_generator else None
-    x = torch.ones(128)
-    rows = [[] for _ in range(8)]
-    start = threading.Barrier(8)
-
-    def draw(out):
-        start.wait()
-        for _ in range(2000):
-            out.append(dropout_ext.dropout(x, generator=generator))
-
-    workers = [threading.Thread(target=draw, args=(out,)) for out in rows]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    masks = torch.stack([mask for out in rows for mask in out])
-    assert masks.shape == (16000, 128)
-    assert len(torch.unique(masks, dim=0)) == 16000
 
 
 @pytest.mark.cuda

@@ -80,21 +80,31 @@ def test_with_intra_op_threads(threads, key):
     in_threads(work)
 
 
-def test_draws_are_those_of_one_thread():
-    """Each draw is two consecutive words of the generator, never words of two draws."""
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_draws_are_those_of_one_thread(own_generator):
+    """Each draw is two consecutive words of the generator, never words of two draws; of 64 elements
+    each, so that two masks are not equal by chance.
+    """
+    generator = torch.Generator() if own_generator else None
+    source = generator or torch.default_generator
     x = torch.ones(64)
-    torch.manual_seed(0)
-    expected = {tuple(dropout_ext.dropout(x).tolist()) for _ in range(50 * THREADS)}
-    torch.manual_seed(0)
+
+    def draw():
+        return tuple(dropout_ext.dropout(x, generator=generator).tolist())
+
+    source.manual_seed(0)
+    expected = {draw() for _ in range(500 * THREADS)}
+    assert len(expected) == 500 * THREADS
+    source.manual_seed(0)
     drawn = [[] for _ in range(THREADS)]
 
     def work(i):
-        for _ in range(50):
-            drawn[i].append(tuple(dropout_ext.dropout(x).tolist()))
+        for _ in range(500):
+            drawn[i].append(draw())
 
     in_threads(work)
     masks = [mask for row in drawn for mask in row]
-    assert len(set(masks)) == 50 * THREADS
+    assert len(set(masks)) == len(masks)
     assert set(masks) == expected
 
 
