@@ -93,6 +93,25 @@ ALPHA_MEMBERS = {
 # One for each way to the kernels: straight, with strides, with another epilogue.
 EACH_WAY = ("dropout", "dropout2d", "alpha_dropout")
 
+# Each kind of sharing, by one signature, for inputs of two dimensions.
+FUNCTIONS = {
+    "dropout": functional.dropout,
+    "dropout, shared": lambda x, p=0.5, training=True, **kw: functional.dropout(
+        x, p, training, broadcast_dims=(0,), **kw
+    ),
+    "dropout1d": functional.dropout1d,
+    "alpha_dropout": lambda x, p=0.5, training=True, **kw: functional.alpha_dropout(
+        x, p, training, **kw
+    ),
+    "feature_alpha_dropout": lambda x, p=0.5, training=True, **kw: functional.feature_alpha_dropout(
+        x, p, training, **kw
+    ),
+    "drop_path": lambda x, p=0.5, training=True, **kw: functional.drop_path(x, p, training, **kw),
+    "locked_dropout": lambda x, p=0.5, training=True, **kw: functional.locked_dropout(
+        x, p, 1, training, **kw
+    ),
+}
+
 # -scale * alpha of SELU (Klambauer et al. 2017), the value that dropped units get.
 SELU_LIMIT = -1.0507009873554805 * 1.6732632423543772
 

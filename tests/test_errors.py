@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from family import FUNCTIONS
 from helpers import assert_same_bits, broadcast_strides, make_key, random_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,23 +20,6 @@ X = torch.ones(4, 6)
 KEY = make_key()
 ops = torch.ops.dropout_ext
 
-FUNCTIONS = {
-    "dropout": functional.dropout,
-    "dropout, shared": lambda x, p=0.5, training=True, **kw: functional.dropout(
-        x, p, training, broadcast_dims=(0,), **kw
-    ),
-    "dropout1d": functional.dropout1d,
-    "alpha_dropout": lambda x, p=0.5, training=True, **kw: functional.alpha_dropout(
-        x, p, training, **kw
-    ),
-    "feature_alpha_dropout": lambda x, p=0.5, training=True, **kw: functional.feature_alpha_dropout(
-        x, p, training, **kw
-    ),
-    "drop_path": lambda x, p=0.5, training=True, **kw: functional.drop_path(x, p, training, **kw),
-    "locked_dropout": lambda x, p=0.5, training=True, **kw: functional.locked_dropout(
-        x, p, 1, training, **kw
-    ),
-}
 each_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 
 

@@ -3,20 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from family import FUNCTIONS
 from helpers import assert_same_bits, make_key, random_tensor
 
 import dropout_ext
 from dropout_ext import _reference as reference
 
-DEVICE_CALLS = {
-    "function": lambda x, **kw: dropout_ext.dropout(x, 0.5, **kw),
-    "in place": lambda x, **kw: dropout_ext.dropout(x.clone(), 0.5, inplace=True, **kw),
-    "shared": lambda x, **kw: dropout_ext.dropout(x, 0.5, broadcast_dims=(0,), **kw),
-    "alpha": lambda x, **kw: dropout_ext.functional.alpha_dropout(x, 0.5, True, **kw),
-    "path": lambda x, **kw: dropout_ext.functional.drop_path(x, 0.5, True, **kw),
-    "locked": lambda x, **kw: dropout_ext.functional.locked_dropout(x, 0.5, 1, **kw),
-    "channels": lambda x, **kw: dropout_ext.functional.dropout1d(x, 0.5, **kw),
-}
+CALLS = FUNCTIONS | {"in place": lambda x, **kw: dropout_ext.dropout(x.clone(), inplace=True, **kw)}
+each_function = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 
 
 def drawn_key(generator=None):
@@ -25,7 +19,7 @@ def drawn_key(generator=None):
     return ~torch.cat(words)
 
 
-@pytest.mark.parametrize("call", DEVICE_CALLS.values(), ids=DEVICE_CALLS.keys())
+@each_function
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_default_generator(call, requires_grad):
     x = random_tensor((40, 60)).requires_grad_(requires_grad)
@@ -39,7 +33,7 @@ def test_default_generator(call, requires_grad):
         assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("call", DEVICE_CALLS.values(), ids=DEVICE_CALLS.keys())
+@each_function
 def test_given_generator(call):
     x = random_tensor((40, 60))
     ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
@@ -50,7 +44,7 @@ def test_given_generator(call):
     assert torch.equal(torch.get_rng_state(), default)
 
 
-@pytest.mark.parametrize("call", DEVICE_CALLS.values(), ids=DEVICE_CALLS.keys())
+@each_function
 def test_given_key_draws_nothing(call, key):
     x = random_tensor((40, 60))
     state = torch.get_rng_state()

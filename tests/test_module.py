@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from family import ALPHA_MEMBERS, MEMBERS
 from helpers import ROOT, assert_same_bits, random_tensor, run_python
 from torch import nn
 
@@ -15,12 +16,7 @@ import dropout_ext
 from dropout_ext import _reference as reference
 
 COUNTERPARTS = [
-    (dropout_ext.Dropout, nn.Dropout),
-    (dropout_ext.Dropout1d, nn.Dropout1d),
-    (dropout_ext.Dropout2d, nn.Dropout2d),
-    (dropout_ext.Dropout3d, nn.Dropout3d),
-    (dropout_ext.AlphaDropout, nn.AlphaDropout),
-    (dropout_ext.FeatureAlphaDropout, nn.FeatureAlphaDropout),
+    (ours, theirs) for _, ours, theirs, *_ in (MEMBERS | ALPHA_MEMBERS).values() if theirs
 ]
 
 MODULES = [
