@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from . import modules
+from . import fused, modules
+from .compat import flash_attn
 
 __all__ = ["DropoutSummary", "SummaryRow", "convert", "dropout_summary", "revert"]
 
@@ -114,6 +115,16 @@ class DropoutSummary(list[SummaryRow]):
         )
 
 
+_FUSED = (
+    fused.ActivationDropout,
+    fused.DropoutAdd,
+    fused.DropoutAddLayerNorm,
+    fused.DropoutAddRMSNorm,
+    flash_attn.DropoutAddLayerNorm,
+    flash_attn.DropoutAddRMSNorm,
+)
+
+
 def dropout_summary(model: nn.Module) -> DropoutSummary:
     """Lists the modules of `model` that drop, and what `convert` makes of each. It changes nothing.
 
@@ -148,7 +159,7 @@ def dropout_summary(model: nn.Module) -> DropoutSummary:
     _modules("dropout_summary", model)
     for name, module in model.named_modules():
         p = None
-        if isinstance(module, _ALL_OURS):
+        if isinstance(module, (*_ALL_OURS, *_FUSED)):
             state, reason = "converted", ""
         elif type(module) in _OURS:
             reason = _obstacle(module)

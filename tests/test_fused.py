@@ -660,6 +660,24 @@ def test_modules():
         assert not torch.equal(first(module(*arguments)), first(module(*arguments)))
 
 
+def test_other_functions_know_the_modules():
+    made = (
+        dropout_ext.DropoutAdd(P),
+        dropout_ext.ActivationDropout("relu", P),
+        dropout_ext.DropoutAddLayerNorm(8, p=P),
+        dropout_ext.DropoutAddRMSNorm(8, p=P),
+    )
+    model = nn.Sequential(*made).eval()
+    assert [(row.p, row.state) for row in dropout_ext.dropout_summary(model)] == [
+        (P, "converted")
+    ] * len(made)
+    assert dropout_ext.convert(model) is model
+    assert tuple(model) == made
+    with dropout_ext.monte_carlo(model):
+        assert all(module.training for module in model)
+    assert not any(module.training for module in model)
+
+
 # Wrong input
 
 
