@@ -91,6 +91,8 @@ def expected(case, side, x, keep):
 
 def check(case, side):
     """Raise AssertionError unless output and gradient of our side are those of the reference."""
+    if "grad(" in side.expr:  # the forward before it is another case's
+        return
     names = namespace(case, side)
     x = names["x"].detach()
     shape = tuple(1 if d in side.shared else n for d, n in enumerate(x.shape))
@@ -110,9 +112,6 @@ def check(case, side):
 
 
 def check_against(case, side, names):
-    """Outputs, those of a gradient's statement apart: its forward is another case's."""
-    if not case.op.startswith("forward") or "grad(" in side.expr:
-        return
     want = eval(side.reference, names)
     torch.manual_seed(SEED)
     y = eval(side.expr, names).double()
