@@ -50,19 +50,26 @@ def run(input: Tensor, call: Call) -> Tensor:
 
         return _dtensor.run(input, call)
     check(input, call)
-    key = call.key
-    if key is None and call.p == 1:  # nothing is kept under any key
-        key = torch.zeros(2, dtype=torch.int64, device=input.device)
-    elif key is None:
-        key = _draw.draw_key(input, call.generator)
-    return apply(input, key, call)
+    return apply(input, key_of(input, call), call)
+
+
+def key_of(input: Tensor, call: Call) -> Tensor:
+    """The key that was given, or one that is drawn."""
+    if call.key is not None:
+        return call.key
+    if call.p == 1:  # nothing is kept under any key
+        return torch.zeros(2, dtype=torch.int64, device=input.device)
+    return _draw.draw_key(input, call.generator)
+
+
+def scale_of(p: float) -> float:
+    """What is kept is multiplied by."""
+    return 1 / (1 - p) if p < 1 else 0.0
 
 
 def apply(input: Tensor, key: Tensor, call: Call) -> Tensor:
     """The operator under this key."""
-    scale = call.scale
-    if scale is None:
-        scale = 1 / (1 - call.p) if call.p < 1 else 0.0
+    scale = scale_of(call.p) if call.scale is None else call.scale
     if not is_dynamo_compiling() and torch.jit.is_tracing():
         # Sizes are tensors there, which no list of integers takes.
         strides = [int(stride) for stride in call.mask_strides or ()]

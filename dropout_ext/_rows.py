@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from . import _C, _call, _draw, _geometry
+from . import _C, _call, _geometry
 from ._call import Call
 from ._row_ops import ops
 
@@ -60,14 +60,8 @@ def run(
     if _call.is_dtensor(input):
         _check_whole_rows(input, dims)
         return _composed(input, residual, call, scales, sum_dtype, norm, dims)
-    key = call.key if drops else None
-    if drops and key is None:
-        key = (
-            torch.zeros(2, dtype=torch.int64, device=input.device)
-            if call.p == 1
-            else _draw.draw_key(input, call.generator)
-        )
-    scale = 1 / (1 - call.p) if call.p < 1 else 0.0
+    key = _call.key_of(input, call) if drops else None
+    scale = _call.scale_of(call.p)
     arguments = (input, residual, *scales, key, call.p, scale, strides, call.mask_offset)
     if norm is None:
         return ops.add(*arguments, sum_dtype)
@@ -143,14 +137,8 @@ def run_activation(input: Tensor, activation: str, approximate: str, call: Call)
         return _call.run(apply_activation(input, activation, approximate), call)
     call = call._replace(mask_offset=_geometry.wrap_offset(call.mask_offset))
     _call.check(input, call)
-    key = call.key
-    if key is None:
-        key = (
-            torch.zeros(2, dtype=torch.int64, device=input.device)
-            if call.p == 1
-            else _draw.draw_key(input, call.generator)
-        )
-    scale = 1 / (1 - call.p) if call.p < 1 else 0.0
+    key = _call.key_of(input, call)
+    scale = _call.scale_of(call.p)
     function = ACTIVATIONS[activation, approximate]
     strides = list(call.mask_strides or ())
     return ops.activation(input, function, key, call.p, scale, strides, call.mask_offset)
