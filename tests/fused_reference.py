@@ -12,6 +12,18 @@ from torch import Tensor
 
 from dropout_ext import _reference as reference
 
+# Of input, output and their gradients, and of sum and residual.
+PAIRS = [
+    (torch.float64, torch.float64),
+    (torch.float32, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+]
+
 _libm = ctypes.CDLL(ctypes.util.find_library("m"))
 _libm.fma.argtypes = [ctypes.c_double] * 3
 _libm.fma.restype = ctypes.c_double

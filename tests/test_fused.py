@@ -11,6 +11,7 @@ import fused_reference
 import pytest
 import torch
 import torch.nn.functional as F
+from fused_reference import PAIRS
 from helpers import (
     LAYOUTS,
     ROOT,
@@ -26,16 +27,6 @@ import dropout_ext
 from dropout_ext import _reference as reference
 from dropout_ext.fused import _rows
 
-PAIRS = [
-    (torch.float64, torch.float64),
-    (torch.float32, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32),
-    (torch.bfloat16, torch.float32),
-    (torch.float32, torch.float16),
-    (torch.float32, torch.bfloat16),
-]
 HIDDEN = [1, 7, 8, 16, 33, 64, 128, 200, 768, 1024, 4099]
 KEY = make_key(7, 11)
 P, SCALE = 0.3, 1 / 0.7
@@ -864,21 +855,119 @@ def test_rowscale_takes_no_gradient():
     assert (torch.func.grad(loss)(scale.detach()) == 0).all()
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rms", [False, True])
-def test_on_a_gpu(dtype, rms):
-    """The CPU's mask; values and gradients within a few places of its."""
-    leaves = [rows((6, 200), dtype, 1), rows((6, 200), dtype, 2), rows((200,), dtype, 3)]
+def on_both_devices(function, *tensors, **given):
+    """Of the tensors, as leaves, on the CPU and on a GPU."""
     results = []
     for device in ("cpu", "cuda"):
-        x, r, w = (leaf.to(device).requires_grad_() for leaf in leaves)
+        leaves = [None if t is None else t.to(device).requires_grad_() for t in tensors]
+        some = {
+            name: value.to(device) if isinstance(value, torch.Tensor) and name != "key" else value
+            for name, value in given.items()
+        }
+        results.append(function(*leaves, **some))
+    return results
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("dtype", "sum_dtype"), PAIRS)
+@pytest.mark.parametrize("hidden", [7, 200, 1024, 2056, 4099])
+def test_bits_on_a_gpu(dtype, sum_dtype, hidden):
+    x, r = rows((3, hidden), dtype, 1, True), rows((3, hidden), sum_dtype, 2, True)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scales = {
+        "input_bias": rows((hidden,), dtype, 3),
+        "colscale": rows((hidden,), wide, 4),
+        "rowscale": rows((3,), wide, 5),
+    }
+    for some in ({}, scales):
+        for residual in (r, None):
+            given = {"p": P, "key": KEY, **some}
+            cpu, gpu = on_both_devices(dropout_ext.dropout_add, x, residual, **given)
+            assert gpu.is_cuda
+            assert_same_bits(gpu, cpu)
+            given |= {"normalized_shape": hidden, "return_sum": True}
+            for norm in (dropout_ext.dropout_add_layer_norm, dropout_ext.dropout_add_rms_norm):
+                (_, cpu), (_, gpu) = on_both_devices(norm, x, residual, **given)
+                assert_same_bits(gpu, cpu)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("layout", [*LAYOUTS, *SHARED_LAYOUTS])
+def test_layouts_on_a_gpu(layout):
+    x, r = rows((2, 3, 5, 7), torch.bfloat16, 1, True), rows((2, 3, 5, 7), torch.bfloat16, 2, True)
+    layouts = LAYOUTS | SHARED_LAYOUTS
+    cpu = dropout_ext.dropout_add(x, layouts[layout](r), P, key=KEY)
+    with torch.device("cuda"):
+        gpu = dropout_ext.dropout_add(x.cuda(), layouts[layout](r.cuda()), P, key=KEY)
+    assert_same_bits(gpu, cpu)
+    cpu = dropout_ext.activation_dropout(layouts[layout](x), "silu", P, key=KEY)
+    with torch.device("cuda"):
+        gpu = dropout_ext.activation_dropout(layouts[layout](x.cuda()), "silu", P, key=KEY)
+    assert_same_bits(gpu, cpu)
+
+
+@pytest.mark.cuda
+def test_masks_on_a_gpu():
+    shape = (6, 9, 40)
+    x, r = rows(shape, torch.float32, 1), rows(shape, torch.float32, 2)
+    masks = [{"broadcast_dims": dims} for dims in ((0,), (1,), (2,), (1, 2), (0, 1, 2))]
+    masks += [{"mask_strides": (2**33, 80, 2), "mask_offset": 2**63}]
+    masks += [{"mask_strides": (-360, -40, -1), "mask_offset": -77}]
+    keys = torch.stack([make_key(i, 3) for i in range(6)])
+    for mask in masks:
+        for key in (KEY, KEY.cuda(), keys, keys.cuda()):
+            for row in ((40,), (9, 40)):
+                (_, cpu), (_, gpu) = (
+                    dropout_ext.dropout_add_layer_norm(
+                        x.to(device), r.to(device), row, p=P, return_sum=True,
+                        key=key.to("cpu" if device == "cpu" else key.device), **mask,
+                    )
+                    for device in ("cpu", "cuda")
+                )  # fmt: skip
+                assert_same_bits(gpu, cpu)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "approximate"),
+    [("gelu", "none"), ("gelu", "tanh"), ("silu", "none"), ("relu", "none")],
+)
+def test_activations_on_a_gpu(name, approximate, dtype):
+    x = rows((5, 1031), dtype, 1, True) * 3
+
+    def both(leaf):
+        out = dropout_ext.activation_dropout(leaf, name, P, key=KEY, approximate=approximate)
+        return out.detach(), *torch.autograd.grad(out, leaf, leaf.detach().roll(1))
+
+    for cpu, gpu in zip(*on_both_devices(both, x), strict=True):
+        assert_same_bits(gpu, cpu)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("dtype", "sum_dtype"), PAIRS)
+@pytest.mark.parametrize("hidden", [7, 768, 2056, 9000])
+@pytest.mark.parametrize("rms", [False, True])
+def test_norms_on_a_gpu(dtype, sum_dtype, hidden, rms):
+    """Error against float64 at most twice the CPU's, where that is no luck."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = [rows((9, hidden), dtype, 1), rows((9, hidden), sum_dtype, 2),
+               rows((hidden,), wide, 3), rows((hidden,), wide, 4)]  # fmt: skip
+    grads = rows((9, hidden), dtype, 5), rows((9, hidden), sum_dtype, 6)
+
+    def ours(x, r, w, b):
+        arguments = (x, r, hidden, w) if rms else (x, r, hidden, w, b)
         function = dropout_ext.dropout_add_rms_norm if rms else dropout_ext.dropout_add_layer_norm
-        z, s = function(x, r, 200, w, eps=1e-5, p=P, key=KEY, return_sum=True)
-        act = dropout_ext.activation_dropout(x, "gelu", P, key=KEY)
-        grads = torch.autograd.grad([z, act], [x, r, w], [torch.ones_like(z)] * 2)
-        results.append([z, s, act, *grads, dropout_ext.dropout_add(x, r, P, key=KEY)])
-    places = 16 * torch.finfo(dtype).eps
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b.cpu(), rtol=places, atol=places)
-    assert torch.equal(results[1][2] == 0, results[0][2].to("cuda") == 0)
+        z, s = function(*arguments, eps=1e-5, p=P, key=KEY, return_sum=True)
+        leaves = [x, r, w] if rms else [x, r, w, b]
+        given = [g.to(x.device) for g in grads]
+        return [z, s, *torch.autograd.grad([z, s], leaves, given)]
+
+    leaves = [t.double().requires_grad_() for t in tensors]
+    keep = keep_of((9, hidden))
+    z, s = exact(*leaves, 1, rms=rms, keep=keep)
+    wanted = torch.autograd.grad([z, s], leaves[:3] if rms else leaves, [g.double() for g in grads])
+    for cpu, gpu, right in zip(*on_both_devices(ours, *tensors), (z, s, *wanted), strict=True):
+        least = 1e-11 if wide == torch.float64 else 8 * torch.finfo(gpu.dtype).eps
+        least *= max(1, right.abs().max().item())
+        assert error(gpu.cpu(), right) <= max(2 * error(cpu, right), least)

@@ -1,11 +1,13 @@
 """What the compiled CUDA kernels cost, read from their machine code; no GPU is needed.
 
-Compiles csrc/cuda/dropout_kernel.cu for every architecture and demands of every kernel: no spills,
-no stack, no local memory; and of the flat kernels: 16-byte accesses alone on the way of a whole
-tile. That way is the loop from a tile to the next. Per eight elements its instructions, those of
-them for the ALU and its wide multiplies are compared with csrc/cuda/static_counts.csv, and more of
-what limits fails: the ALU, which takes a warp's instruction every other cycle; the wide multiplies;
-all instructions, where they are over twice as many as the ALU's; registers, where fewer warps fit.
+Compiles csrc/cuda/*.cu for every architecture and demands of every kernel: no spills, no stack, no
+local memory; and of the flat kernels: 16-byte accesses alone on the way of a whole tile. That way
+is the loop from a tile to the next, with the cheapest of the activations. Norms have some of 16
+bytes, for the rows that allow them, and their registers are compared. Per eight elements its
+instructions, those of them for the ALU and its wide multiplies are compared with
+csrc/cuda/static_counts.csv, and more of what limits fails: the ALU, which takes a warp's
+instruction every other cycle; the wide multiplies; all instructions, where they are over twice as
+many as the ALU's; registers, where fewer warps fit.
 
     python tools/cuda_static.py --check [--arch 90 ...]
     python tools/cuda_static.py --update
@@ -28,22 +30,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNEL = ROOT / "csrc" / "cuda" / "dropout_kernel.cu"
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TABLE = ROOT / "csrc" / "cuda" / "static_counts.csv"
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Xptxas", "-v"]  # as setup.py
 
-# Mangled template argument: dtype and bytes of an element.
+# Mangled template arguments: dtype and bytes of an element.
 DTYPES = {
     "d": ("float64", 8),
     "f": ("float32", 4),
-    "NS1_7Float16E": ("float16", 2),
-    "NS1_8BFloat16E": ("bfloat16", 2),
-    "NS1_7ComplexIdEE": ("complex128", 16),
-    "NS1_7ComplexIfEE": ("complex64", 8),
+    "NS0_7Float16E": ("float16", 2),
+    "NS0_8BFloat16E": ("bfloat16", 2),
+    "NS0_7ComplexIdEE": ("complex128", 16),
+    "NS0_7ComplexIfEE": ("complex64", 8),
     "b": ("bool", 1),
 }
-COLUMNS = ("nvcc", "arch", "dtype", "registers", "instructions", "alu", "wide_multiplies")
+# Functor of csrc/epilogue: its name, and how many tensors it reads.
+EPILOGUES = {
+    "Affine": ("dropout", 1),
+    "Add": ("add", 2),
+    "Activated": ("activation", 1),
+    "ActivatedBackward": ("activation_backward", 2),
+}
+FLAT = re.compile(rf"flat_kernelI({'|'.join(DTYPES)})NS0_.*?\d({'|'.join(EPILOGUES)})E\w*Lb1EEE")
+# The sum has the dtype of the input where that is not given again.
+NORM = re.compile(rf"(add_norm(?:_backward)?)_kernelI({'|'.join(DTYPES)})(\w*?)EEv")
+COLUMNS = ("nvcc", "arch", "kernel", "dtype", "registers", "instructions", "alu", "wide_multiplies")
 # Integer adds, logic, shifts, comparisons, selects, and packing two floats into 16 bits each.
 ALU = re.compile(
     r"(V?IADD\w*|LOP\w*|PLOP3|SHF|LEA|PRMT|BMSK|SGXT|IABS|MOV|F?SEL|[FI]SETP|V?[FI]MNMX\w*|F2FP|P2R|R2P)"
@@ -186,7 +198,7 @@ def opcode(line: str) -> str:
     return re.sub(r"^@\S+\s+", "", line).split()[0]
 
 
-def count_flat(name: str, body: list[str], element_size: int) -> dict[str, float]:
+def count_flat(name: str, body: list[str], element_size: int, inputs: int = 1) -> dict[str, float]:
     """Of each column that counts instructions its figure per eight elements; an error for narrow
     accesses."""
     codes = [opcode(line) for line in whole_tile(body)]
@@ -194,7 +206,7 @@ def count_flat(name: str, body: list[str], element_size: int) -> dict[str, float
     stores = len(accesses["STG"])
     if any(".128" not in code for found in accesses.values() for code in found):
         raise StaticError(f"{name} has accesses of less than 16 bytes: {accesses}")
-    if element_size > 1 and len(accesses["LDG"]) != stores:
+    if element_size > 1 and len(accesses["LDG"]) != inputs * stores:
         raise StaticError(f"{name} has {len(accesses['LDG'])} loads and {stores} stores")
     eights = stores * 16 / element_size / 8
     counts = {
@@ -205,7 +217,14 @@ def count_flat(name: str, body: list[str], element_size: int) -> dict[str, float
     return {column: count / eights for column, count in counts.items()}
 
 
-def measure(arch: int, kernel: Path = KERNEL) -> list[dict]:
+def check_wide(name: str, body: list[str]) -> None:
+    """An error where no load or no store is of 16 bytes."""
+    for op in ("LDG", "STG"):
+        if not any(re.match(rf"{op}\.\S*128\b", opcode(line)) for line in body):
+            raise StaticError(f"{name} has no {op} of 16 bytes")
+
+
+def measure(arch: int, kernel: Path) -> list[dict]:
     """One row per flat kernel; an error where any kernel is not as it must be."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -219,26 +238,26 @@ def measure(arch: int, kernel: Path = KERNEL) -> list[dict]:
         local = [line for line in body if re.match(r"(LDL|STL)\b", opcode(line))]
         if local:
             raise StaticError(f"sm_{arch}: {name} uses local memory: {local[0]}")
-        flat = re.search(r"flat_kernelI(.+?)Lb1EEE", name)
-        if not flat:
-            continue
-        dtype, size = DTYPES[flat[1]]
-        row = {
-            "nvcc": nvcc_version(),
-            "arch": f"sm_{arch}",
-            "dtype": dtype,
-            "registers": str(registers[name]),
-        }
-        counts = count_flat(f"sm_{arch}: flat kernel of {dtype}", body, size)
-        rows.append(row | {column: f"{count:.2f}" for column, count in counts.items()})
-    if len(rows) != len(DTYPES):
-        raise StaticError(f"sm_{arch}: {len(rows)} flat kernels, but {len(DTYPES)} dtypes")
-    return sorted(rows, key=lambda row: row["dtype"])
+        row = {"nvcc": nvcc_version(), "arch": f"sm_{arch}", "registers": str(registers[name])}
+        if flat := FLAT.search(name):
+            (dtype, size), (epilogue, inputs) = DTYPES[flat[1]], EPILOGUES[flat[2]]
+            row |= {"kernel": epilogue, "dtype": dtype}
+            counts = count_flat(f"sm_{arch}: {epilogue} of {dtype}", body, size, inputs)
+            rows.append(row | {column: f"{count:.2f}" for column, count in counts.items()})
+        elif norm := NORM.search(name):
+            dtype, of_sum = DTYPES[norm[2]][0], DTYPES.get(norm[3], DTYPES[norm[2]])[0]
+            check_wide(f"sm_{arch}: {norm[1]} of {dtype}", body)
+            rows.append(row | {"kernel": norm[1], "dtype": f"{dtype}, {of_sum}"})
+    return rows
 
 
-def recorded() -> dict[tuple[str, str], dict]:
+def identity(row: dict) -> tuple[str, str, str]:
+    return row["arch"], row["kernel"], row["dtype"]
+
+
+def recorded() -> dict[tuple[str, str, str], dict]:
     with TABLE.open(newline="") as file:
-        return {(row["arch"], row["dtype"]): row for row in csv.DictReader(file)}
+        return {identity(row): row for row in csv.DictReader(file)}
 
 
 def limits(row: dict) -> dict[str, float]:
@@ -246,19 +265,19 @@ def limits(row: dict) -> dict[str, float]:
     (one instruction in each, one of the ALU in two), wide multiplies, and by registers the warps
     that do not fit (64 Ki registers, given to a thread by eights).
     """
-    instructions, alu = float(row["instructions"]), float(row["alu"])
     registers = int(row["registers"])
-    return {
-        "cycles": max(instructions, 2 * alu),
-        "wide multiplies": float(row["wide_multiplies"]),
-        "warps that do not fit": 64 - min(64, 65536 // (32 * (registers + -registers % 8))),
-    }
+    found = {"warps that do not fit": 64 - min(64, 65536 // (32 * (registers + -registers % 8)))}
+    if row.get("instructions"):
+        instructions, alu = float(row["instructions"]), float(row["alu"])
+        found["cycles"] = max(instructions, 2 * alu)
+        found["wide multiplies"] = float(row["wide_multiplies"])
+    return found
 
 
 def compare(row: dict, before: dict | None) -> tuple[list[str], list[str]]:
     """What is worse than recorded, and what else is to be said."""
-    what = f"{row['arch']} {row['dtype']}"
-    if float(row["wide_multiplies"]) > 20 and row["dtype"] in ("float16", "bfloat16"):
+    what = " ".join(identity(row))
+    if float(row.get("wide_multiplies", 0)) > 20 and row["dtype"] in ("float16", "bfloat16"):
         return [f"{what}: {row['wide_multiplies']} wide multiplies, more than one Philox call"], []
     if before is None:
         return [f"{what}: not in the table; run --update"], []
@@ -268,7 +287,7 @@ def compare(row: dict, before: dict | None) -> tuple[list[str], list[str]]:
     worse = [f"{what}: {name} {now[name]:g}, recorded {then[name]:g}" for name in now
              if now[name] > then[name]]  # fmt: skip
     notes = [f"{what}: {column} {row[column]}, recorded {before[column]}; run --update"
-             for column in COLUMNS[3:] if float(row[column]) != float(before[column])]  # fmt: skip
+             for column in COLUMNS[4:] if row.get(column, "") != before[column]]  # fmt: skip
     return worse, notes
 
 
@@ -284,12 +303,14 @@ def main() -> int:
         return 2
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            rows = [row for rows in pool.map(measure, args.arch) for row in rows]
+            units = [(arch, kernel) for arch in args.arch for kernel in KERNELS]
+            rows = [row for rows in pool.map(measure, *zip(*units, strict=True)) for row in rows]
     except StaticError as error:
         print(error, file=sys.stderr)
         return 1
+    rows.sort(key=lambda row: (int(row["arch"].removeprefix("sm_")), *identity(row)[1:]))
     for row in rows:
-        print("  ".join(f"{row[column]:>10}" for column in COLUMNS))
+        print("  ".join(f"{row.get(column, ''):>10}" for column in COLUMNS))
     if args.update:
         with TABLE.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -297,9 +318,11 @@ def main() -> int:
             writer.writerows(rows)
         return 0
     table = recorded()
-    worse = []
+    archs = {f"sm_{arch}" for arch in args.arch}
+    gone = {key for key in table if key[0] in archs} - set(map(identity, rows))
+    worse = [f"{' '.join(key)}: in the table, but not among the kernels" for key in sorted(gone)]
     for row in rows:
-        more, notes = compare(row, table.get((row["arch"], row["dtype"])))
+        more, notes = compare(row, table.get(identity(row)))
         worse += more
         print("\n".join(notes), end="\n" if notes else "")
     print("\n".join(worse), file=sys.stderr)

@@ -67,7 +67,7 @@ inline void normalize(IndexMap& map) {
   map.ndim = merged;
 }
 
-// Of a normalized map: input, output and mask are one and the same dense run.
+// Of a normalized map: first input, output and mask are one and the same dense run.
 inline bool is_flat(const IndexMap& map) {
   const Dim& inner = map.dims[map.ndim - 1];
   return map.ndim == 1 && inner.in_stride == 1 && inner.out_stride == 1 && inner.mask_stride == 1;

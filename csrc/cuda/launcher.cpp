@@ -9,7 +9,7 @@
 
 #include <mutex>
 
-#include "dropout_kernel.h"
+#include "kernels.h"
 
 namespace dropout_ext::cuda {
 
@@ -25,25 +25,77 @@ at::Tensor empty_keys(at::IntArrayRef sizes, c10::Device device) {
   return at::empty(sizes, at::TensorOptions().dtype(at::kUInt64).device(device));
 }
 
+// The keys of a tensor: one, or a tensor of several that `on_device` holds until after the launch,
+// for memory is reused in the order of the stream.
+KeySource key_source(const at::Tensor& key, c10::Device device, at::Tensor& on_device,
+                     CUstream_st* stream) {
+  const auto* words = static_cast<const uint64_t*>(key.const_data_ptr());
+  if (!key.is_cpu()) return {{0, 0}, words};
+  const int64_t keys = key.numel() / 2;
+  if (keys == 1) return {{words[0], words[1]}, nullptr};
+  on_device = empty_keys(key.sizes(), device);
+  auto* copy = static_cast<uint64_t*>(on_device.mutable_data_ptr());
+  launch_store_keys(words, keys, copy, stream);
+  return {{0, 0}, copy};
+}
+
+void set_keys(RowMask& mask, int64_t rows, const at::Tensor& key, const KeySource& source) {
+  static_assert(sizeof(Key) == 2 * sizeof(uint64_t));
+  mask.key = source.host;
+  mask.keys = reinterpret_cast<const Key*>(source.device);
+  if (key.dim() == 1 || key.size(0) == 1) mask.rows_per_slice = rows;
+}
+
 }  // namespace
 
 void apply(const ApplyArgs& args, const at::Tensor& key, c10::Device device) {
   const c10::cuda::CUDAGuard guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
-  const auto* words = static_cast<const uint64_t*>(key.const_data_ptr());
-  KeySource keys{{0, 0}, nullptr};
-  at::Tensor on_device;  // until after the launch: memory is reused in the order of the stream
-  if (!key.is_cpu()) {
-    keys.device = words;
-  } else if (args.slices == 1) {
-    keys.host = {words[0], words[1]};
-  } else {
-    on_device = empty_keys(key.sizes(), device);
-    auto* copy = static_cast<uint64_t*>(on_device.mutable_data_ptr());
-    launch_store_keys(words, args.slices, copy, stream.stream());
-    keys.device = copy;
-  }
+  at::Tensor on_device;
+  const KeySource keys = key_source(key, device, on_device, stream.stream());
   launch_apply(args, keys, forced_geometry, stream.stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void add_norm(RowArgs args, const at::Tensor& key, c10::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
+  at::Tensor on_device;
+  if (key.defined()) {
+    const KeySource source = key_source(key, device, on_device, stream.stream());
+    set_keys(args.mask, args.rows, key, source);
+  }
+  if (args.norm != Norm::kNone && args.input_dtype != args.out_dtype) {
+    RowArgs sum = args;
+    sum.norm = Norm::kNone;
+    launch_add_norm(sum, forced_geometry, stream.stream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    args.input = nullptr;
+  }
+  launch_add_norm(args, forced_geometry, stream.stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void add_norm_backward(RowBackwardArgs args, const at::Tensor& key, c10::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
+  at::Tensor on_device;
+  if (key.defined()) {
+    const KeySource source = key_source(key, device, on_device, stream.stream());
+    set_keys(args.mask, args.rows, key, source);
+  }
+  const auto type = args.sum_dtype == Dtype::kFloat64 ? at::kDouble : at::kFloat;
+  const auto sums = [&](const void* wanted) {
+    return wanted == nullptr ? at::Tensor()
+                             : at::empty({row_chunks(args.rows), args.columns},
+                                         at::TensorOptions().dtype(type).device(device));
+  };
+  const at::Tensor weight_sums = sums(args.grad_weight), bias_sums = sums(args.grad_bias);
+  const auto data = [](const at::Tensor& tensor) {
+    return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
+  };
+  launch_add_norm_backward(args, data(weight_sums), data(bias_sums), forced_geometry,
+                           stream.stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "../epilogue/apply_args.h"
+#include "../epilogue/row_args.h"
 
 namespace dropout_ext::cuda {
 
@@ -17,6 +18,12 @@ namespace dropout_ext::cuda {
 // int64 or uint64, on the CPU or on `device`: shape (2,), or (args.slices, 2). A CPU key travels as
 // launch arguments, so under graph capture it is a constant of the graph.
 void apply(const ApplyArgs& args, const at::Tensor& key, c10::Device device);
+
+// The same for whole rows, whose masks lack the keys; an undefined key keeps everything. One
+// launch, or two where the dtypes of input and output differ.
+void add_norm(RowArgs args, const at::Tensor& key, c10::Device device);
+// Two launches where there are gradients of weight or bias, else one.
+void add_norm_backward(RowBackwardArgs args, const at::Tensor& key, c10::Device device);
 
 // Draws a key, uint64 of shape (2,), from `generator` (of `device`; its default one if none) and
 // advances its Philox offset by 4. The key is `host`, on the CPU; under graph capture it is another

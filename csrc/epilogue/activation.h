@@ -15,6 +15,9 @@ namespace dropout_ext {
 template <class V, int n>
 DROPOUT_EXT_HD V polynomial(const V& x, const double (&c)[n]) {
   V sum = splat(c[n - 1], V{});
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
   for (int i = n - 2; i >= 0; --i) sum = fma(sum, x, splat(c[i], V{}));
   return sum;
 }
@@ -165,6 +168,7 @@ struct Relu {
 template <class Function, class V>
 struct Activated {
   V scale;
+  DROPOUT_EXT_HD explicit Activated(const V& scale) : scale(scale) {}
   DROPOUT_EXT_HD explicit Activated(const EpilogueParams& p) : scale(splat(p.scale, V{})) {}
   template <class Keep>
   DROPOUT_EXT_HD V operator()(const Keep& keep, const V& x) const {
@@ -175,6 +179,7 @@ struct Activated {
 template <class Function, class V>
 struct ActivatedBackward {
   V scale;
+  DROPOUT_EXT_HD explicit ActivatedBackward(const V& scale) : scale(scale) {}
   DROPOUT_EXT_HD explicit ActivatedBackward(const EpilogueParams& p) : scale(splat(p.scale, V{})) {}
   template <class Keep>
   DROPOUT_EXT_HD V operator()(const Keep& keep, const V& grad, const V& x) const {

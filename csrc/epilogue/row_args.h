@@ -12,13 +12,17 @@
 
 namespace dropout_ext {
 
+// Dimensions around the rows that kernels take, once neighbours in the mask are merged.
+inline constexpr int kRowDims = 8;
+
 enum class Norm : int { kNone, kLayer, kRms };
 
 // Where the rows lie in the mask: element (row, column) has index
 // mask_offset + sum of its positions times mask strides.
 struct RowMask {
-  Key key;          // of the first slice
-  const Key* keys;  // null, or one per slice of rows_per_slice rows
+  Key key;                       // of the first slice
+  const Key* keys;               // null, or one per slice of rows_per_slice rows
+  const bool* stored = nullptr;  // null, or all decisions; needed where not is_run(), on CUDA
   int64_t rows_per_slice;
   uint32_t threshold;  // 0 keeps everything and computes no mask
   uint64_t mask_offset;
@@ -29,6 +33,10 @@ struct RowMask {
   } dims[kMaxDims + 2];
 
   bool keeps_all() const { return threshold == 0; }
+  // Of elements side by side, or of one for a whole row.
+  bool is_run() const {
+    return column_dims == 1 && dims[row_dims].mask_stride <= 1 && row_dims <= kRowDims;
+  }
 };
 
 // Rows of `columns` elements. Strides are those between rows, in elements; 0 where all rows read or

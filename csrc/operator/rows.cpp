@@ -12,6 +12,10 @@
 #include "kernels.h"
 #include "row_signatures.h"
 
+#ifdef DROPOUT_EXT_WITH_CUDA
+#include "../cuda/launcher.h"
+#endif
+
 namespace dropout_ext {
 
 using at::ScalarType;
@@ -85,16 +89,15 @@ int add_extents(RowMask& mask, int at, at::IntArrayRef sizes, const std::vector<
   return at - begin;
 }
 
-// `words` holds the key's words as long as the mask is used.
-RowMask row_mask(const RowCall& call, const Tensor& words, at::IntArrayRef sizes,
-                 int64_t row_dims) {
+// But for the keys. `drops`: whether there is one.
+RowMask row_mask(const RowCall& call, bool drops, at::IntArrayRef sizes, int64_t row_dims) {
   TORCH_CHECK_VALUE(sizes.size() <= kMaxDims, "dropout(): argument 'input' has ", sizes.size(),
                     " dimensions, but at most ", kMaxDims, " are accepted");
   RowMask mask;
   mask.keys = nullptr;
   mask.key = {0, 0};
   mask.rows_per_slice = 1;
-  mask.threshold = words.defined() ? static_cast<uint32_t>(threshold(call.p)) : 0;
+  mask.threshold = drops ? static_cast<uint32_t>(threshold(call.p)) : 0;
   mask.mask_offset = bits_of(call.mask_offset);
   std::vector<uint64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 0;) {
@@ -106,16 +109,34 @@ RowMask row_mask(const RowCall& call, const Tensor& words, at::IntArrayRef sizes
   }
   mask.row_dims = add_extents(mask, 0, sizes, strides, 0, row_dims);
   mask.column_dims = add_extents(mask, mask.row_dims, sizes, strides, row_dims, sizes.size());
-  if (!words.defined()) return mask;
-  const auto* keys = static_cast<const Key*>(words.const_data_ptr());
-  if (words.dim() == 2) {
-    mask.keys = keys;
+  if (drops && call.key.dim() == 2) {
     for (int64_t d = 1; d < row_dims; ++d) mask.rows_per_slice *= sizes[d];
-  } else {
-    mask.key = keys[0];
   }
   return mask;
 }
+
+// `words` holds the keys as long as the mask is used.
+void set_keys(RowMask& mask, const Tensor& words) {
+  if (!words.defined()) return;
+  const auto* keys = static_cast<const Key*>(words.const_data_ptr());
+  if (words.dim() == 2) {
+    mask.keys = keys;
+  } else {
+    mask.key = keys[0];
+  }
+}
+
+#ifdef DROPOUT_EXT_WITH_CUDA
+// The decisions that the CUDA kernels of rows do not compute; undefined where they compute them
+// all.
+Tensor store_decisions(RowMask& mask, const RowCall& call, const Tensor& like) {
+  if (mask.keeps_all() || mask.is_run()) return {};
+  const Tensor stored = at::empty(like.sizes(), like.options().dtype(at::kBool));
+  run({}, {}, stored, call.dropout(), Epilogue::kKeepMask, {});
+  mask.stored = static_cast<const bool*>(stored.const_data_ptr());
+  return stored;
+}
+#endif
 
 // A key for every slice of dimension 0, but where that one is a part of the row.
 bool cuts_rows(const Tensor& key, int64_t row_dims) {
@@ -154,7 +175,7 @@ void run_rows(const RowCall& call, const Tensor& sum, const Tensor& out, const T
   RowArgs args{};
   args.rows = sizes.rows;
   args.columns = sizes.columns;
-  args.mask = row_mask(call, words, call.input.sizes(), sizes.row_dims);
+  args.mask = row_mask(call, words.defined(), call.input.sizes(), sizes.row_dims);
   args.scale = call.key.defined() ? call.scale : 1;
   args.input = data(input);
   args.input_dtype = dtype_of(input);
@@ -174,6 +195,13 @@ void run_rows(const RowCall& call, const Tensor& sum, const Tensor& out, const T
   args.out_dtype = out.defined() ? dtype_of(out) : args.input_dtype;
   args.mean = mutable_data(mean);
   args.rstd = mutable_data(rstd);
+#ifdef DROPOUT_EXT_WITH_CUDA
+  if (sum.is_cuda()) {
+    const Tensor stored = store_decisions(args.mask, call, sum);
+    return cuda::add_norm(args, words, sum.device());
+  }
+#endif
+  set_keys(args.mask, words);
   const cpu::Rows rows(args);
   at::parallel_for(0, args.rows, grain_of(args.columns),
                    [&](int64_t begin, int64_t end) { rows.run(begin, end); });
@@ -217,9 +245,10 @@ AddNorm add_norm_kernel(const RowCall& call, ScalarType sum_dtype, ScalarType dt
   const auto sizes = input.sizes();
   const auto row_sizes = sizes.slice(0, input.dim() - call.norm_dims);
   const ScalarType compute = compute_type(sum_dtype);
-  // Past the dispatcher, which takes 0.4 us each time.
-  const auto empty = [](at::IntArrayRef shape, ScalarType type) {
-    return at::detail::empty_cpu(shape, type);
+  // On the CPU past the dispatcher, which takes 0.4 us each time.
+  const auto empty = [&input](at::IntArrayRef shape, ScalarType type) {
+    return input.is_cpu() ? at::detail::empty_cpu(shape, type)
+                          : at::empty(shape, input.options().dtype(type));
   };
   Tensor sum = empty(sizes, sum_dtype);
   Tensor out = empty(sizes, dtype);
@@ -290,7 +319,7 @@ AddNorm add_norm_backward_kernel(const Tensor& grad_out, const Tensor& grad_sum_
   RowBackwardArgs args{};
   args.rows = sizes.rows;
   args.columns = sizes.columns;
-  args.mask = row_mask(call, words, sum.sizes(), sizes.row_dims);
+  args.mask = row_mask(call, words.defined(), sum.sizes(), sizes.row_dims);
   args.scale = call.key.defined() ? call.scale : 1;
   args.norm = call.rms ? Norm::kRms : Norm::kLayer;
   args.dtype = dtype_of(grad_out);
@@ -305,6 +334,14 @@ AddNorm add_norm_backward_kernel(const Tensor& grad_out, const Tensor& grad_sum_
   args.grad_input = wanted[1] && !nothing_kept ? mutable_data(grad_input) : nullptr;
   args.grad_weight = wanted[2] ? mutable_data(grad_weight) : nullptr;
   args.grad_bias = wanted[3] ? mutable_data(grad_bias) : nullptr;
+#ifdef DROPOUT_EXT_WITH_CUDA
+  if (sum.is_cuda()) {
+    const Tensor stored = store_decisions(args.mask, call, sum);
+    cuda::add_norm_backward(args, words, sum.device());
+    return {grad_sum, grad_input, grad_weight, grad_bias};
+  }
+#endif
+  set_keys(args.mask, words);
   cpu::RowsBackward rows(args);
   at::parallel_for(0, rows.chunks(), 1, [&](int64_t begin, int64_t end) { rows.run(begin, end); });
   rows.finish();
@@ -465,12 +502,17 @@ TORCH_LIBRARY_FRAGMENT(dropout_ext, m) {
       tags);
 }
 
-TORCH_LIBRARY_IMPL(dropout_ext, CPU, m) {
+static void register_kernels(torch::Library& m) {
   m.impl("add", AddOf<add_kernel>::call);
   m.impl("add_norm", AddNormOf<add_norm_kernel>::call);
   m.impl("add_norm_backward", AddNormBackwardOf<add_norm_backward_kernel>::call);
   m.impl("activation", ActivationOf<activation_kernel>::call);
   m.impl("activation_backward", ActivationBackwardOf<activation_backward_kernel>::call);
 }
+
+TORCH_LIBRARY_IMPL(dropout_ext, CPU, m) { register_kernels(m); }
+#ifdef DROPOUT_EXT_WITH_CUDA
+TORCH_LIBRARY_IMPL(dropout_ext, CUDA, m) { register_kernels(m); }
+#endif
 
 }  // namespace dropout_ext

@@ -2,13 +2,8 @@
 // loop over the mask contract (csrc/contract/mask.h). Arguments name the groups to run; none runs
 // all.
 
-#include "cuda_shim.h"
-// A path, so that the tests can build broken copies of the file.
-#ifndef DROPOUT_EXT_KERNEL
-#define DROPOUT_EXT_KERNEL "../../csrc/cuda/dropout_kernel.cu"
-#endif
-#include DROPOUT_EXT_KERNEL
-
+#include "cuda_kernels.h"
+//
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -80,6 +75,7 @@ constexpr EpilogueParams kAlpha{.scale = 2.0 / 0.9, .bias = 0.3, .dropped = -1.7
 
 struct Call {
   Dtype dtype = Dtype::kFloat32;
+  bool adds_second = false;  // Epilogue::kAdd, for the real dtypes
   EpilogueParams params{.scale = 2.0 / 0.9};
   uint32_t threshold = kHalf;
   std::vector<Dim> dims;
@@ -88,8 +84,10 @@ struct Call {
   bool key_on_device = false;
   int64_t slice_in_stride = 0, slice_out_stride = 0;
   uint64_t slice_mask_stride = 0;
+  int64_t slice_in2_stride = 0;
   bool in_place = false;
-  int in_shift = 0, out_shift = 0;  // elements (complex: parts) past a multiple of 16 bytes
+  // Elements (complex: parts) past a multiple of 16 bytes.
+  int in_shift = 0, out_shift = 0, in2_shift = 0;
   cuda::Geometry geometry;
 };
 
@@ -158,13 +156,19 @@ void fill(Buffer& buffer, Dtype dtype) {
   }
 }
 
-size_t extent(const Call& call, bool of_in) {
+size_t extent(const Call& call, int64_t Dim::* stride, int64_t Call::* slice_stride) {
   int64_t last = 0;
-  for (const Dim& dim : call.dims)
-    last += (dim.size - 1) * (of_in ? dim.in_stride : dim.out_stride);
-  last += (static_cast<int64_t>(call.keys.size()) - 1) *
-          (of_in ? call.slice_in_stride : call.slice_out_stride);
+  for (const Dim& dim : call.dims) last += (dim.size - 1) * dim.*stride;
+  last += (static_cast<int64_t>(call.keys.size()) - 1) * call.*slice_stride;
   return static_cast<size_t>(last + 1) * static_cast<size_t>(element_size(call.dtype));
+}
+
+size_t in_extent(const Call& call) { return extent(call, &Dim::in_stride, &Call::slice_in_stride); }
+size_t in2_extent(const Call& call) {
+  return extent(call, &Dim::in2_stride, &Call::slice_in2_stride);
+}
+size_t out_extent(const Call& call) {
+  return extent(call, &Dim::out_stride, &Call::slice_out_stride);
 }
 
 [[noreturn]] void mismatch(const Call& call, const char* what, int64_t in, int64_t out,
@@ -186,8 +190,21 @@ size_t extent(const Call& call, bool of_in) {
   std::exit(1);
 }
 
+double rounded(Dtype dtype, float y) {
+  if (dtype == Dtype::kFloat16) return round_to(y, 5, 10);
+  if (dtype == Dtype::kBFloat16) return round_to(y, 8, 7);
+  return y;
+}
+
 // What one real part must become.
-double expected(const Call& call, double x, bool keep) {
+double expected(const Call& call, double x, double x2, bool keep) {
+  if (call.adds_second) {
+    const double kept = keep ? x : 0;
+    if (call.dtype == Dtype::kFloat64) return std::fma(kept, call.params.scale, x2);
+    return rounded(call.dtype,
+                   std::fma(static_cast<float>(kept), static_cast<float>(call.params.scale),
+                            static_cast<float>(x2)));
+  }
   const double scale = call.params.scale, bias = call.params.bias, dropped = call.params.dropped;
   const bool adds = bias != 0 || !std::signbit(bias);
   if (call.dtype == Dtype::kFloat64 || call.dtype == Dtype::kComplex128) {
@@ -197,17 +214,18 @@ double expected(const Call& call, double x, bool keep) {
   const auto fx = static_cast<float>(x), fs = static_cast<float>(scale);
   auto y = static_cast<float>(dropped);
   if (keep) y = adds ? std::fma(fx, fs, static_cast<float>(bias)) : fx * fs;
-  if (call.dtype == Dtype::kFloat16) return round_to(y, 5, 10);
-  if (call.dtype == Dtype::kBFloat16) return round_to(y, 8, 7);
-  return y;
+  return rounded(call.dtype, y);
 }
 
-ApplyArgs arguments(const Call& call, const void* in, void* out) {
+ApplyArgs arguments(const Call& call, const void* in, const void* in2, void* out) {
   ApplyArgs args;
   args.in = call.dtype == Dtype::kBool ? nullptr : in;
   args.out = out;
   args.dtype = call.dtype;
-  args.epilogue = call.dtype == Dtype::kBool ? Epilogue::kKeepMask : Epilogue::kAffine;
+  args.epilogue = call.dtype == Dtype::kBool ? Epilogue::kKeepMask
+                  : call.adds_second         ? Epilogue::kAdd
+                                             : Epilogue::kAffine;
+  args.in2 = call.adds_second ? in2 : nullptr;
   args.params = call.params;
   args.threshold = call.threshold;
   args.map.mask_offset = call.mask_offset;
@@ -218,19 +236,28 @@ ApplyArgs arguments(const Call& call, const void* in, void* out) {
   args.slice_in_stride = call.slice_in_stride;
   args.slice_out_stride = call.slice_out_stride;
   args.slice_mask_stride = call.slice_mask_stride;
+  args.slice_in2_stride = call.slice_in2_stride;
   return args;
 }
 
 int64_t checked = 0;
 
-void check(const Call& call) {
+void check(Call call) {
+  // Where nothing is said of the second input, it lies like the first.
+  if (std::all_of(call.dims.begin(), call.dims.end(),
+                  [](const Dim& dim) { return dim.in2_stride == 0; })) {
+    for (Dim& dim : call.dims) dim.in2_stride = dim.in_stride;
+    call.slice_in2_stride = call.slice_in_stride;
+  }
   const auto bytes = static_cast<size_t>(element_size(call.dtype));
   const size_t width = bytes / static_cast<size_t>(parts(call.dtype));
-  Buffer in(extent(call, true), static_cast<size_t>(call.in_shift) * width);
-  Buffer out(extent(call, false), static_cast<size_t>(call.out_shift) * width);
+  Buffer in(in_extent(call), static_cast<size_t>(call.in_shift) * width);
+  Buffer in2(in2_extent(call), static_cast<size_t>(call.in2_shift) * width);
+  Buffer out(out_extent(call), static_cast<size_t>(call.out_shift) * width);
   fill(in, call.dtype);
+  fill(in2, call.dtype);
   Buffer& to = call.in_place ? in : out;
-  const std::vector<char> before(in.data(), in.data() + extent(call, true));
+  const std::vector<char> before(in.data(), in.data() + in_extent(call));
 
   cuda::KeySource keys{call.keys[0], nullptr};
   const size_t n = call.keys.size();
@@ -242,19 +269,21 @@ void check(const Call& call) {
     }
     keys = {{0, 0}, device_keys.get()};
   }
-  launch_apply(arguments(call, in.data(), to.data()), keys, call.geometry, nullptr);
+  launch_apply(arguments(call, in.data(), in2.data(), to.data()), keys, call.geometry, nullptr);
 
-  std::vector<bool> written(extent(call, false) / bytes);
+  std::vector<bool> written(out_extent(call) / bytes);
   std::vector<int64_t> at(call.dims.size());
   for (size_t j = 0; j < n; ++j) {
     PhiloxWords words{};
     uint64_t block = ~uint64_t{0};
     for (bool more = true; more;) {
       int64_t from = static_cast<int64_t>(j) * call.slice_in_stride;
+      int64_t from2 = static_cast<int64_t>(j) * call.slice_in2_stride;
       int64_t into = static_cast<int64_t>(j) * call.slice_out_stride;
       uint64_t index = call.mask_offset + j * call.slice_mask_stride;
       for (size_t d = 0; d < at.size(); ++d) {
         from += at[d] * call.dims[d].in_stride;
+        from2 += at[d] * call.dims[d].in2_stride;
         into += at[d] * call.dims[d].out_stride;
         index += static_cast<uint64_t>(at[d]) * call.dims[d].mask_stride;
       }
@@ -262,8 +291,9 @@ void check(const Call& call) {
       const bool keep = lane_word(words, static_cast<int>(index & 7)) >= call.threshold;
       for (int part = 0; part < parts(call.dtype); ++part) {
         const double x = read(call.dtype, before.data() + from * static_cast<int64_t>(bytes), part);
+        const double x2 = read(call.dtype, in2.data() + from2 * static_cast<int64_t>(bytes), part);
         const double got = read(call.dtype, to.data() + into * static_cast<int64_t>(bytes), part);
-        const double want = call.dtype == Dtype::kBool ? keep : expected(call, x, keep);
+        const double want = call.dtype == Dtype::kBool ? keep : expected(call, x, x2, keep);
         const bool same = std::isnan(want) ? std::isnan(got)
                                            : want == got && std::signbit(want) == std::signbit(got);
         if (!same) mismatch(call, "value", from, into, index, want, got);
@@ -281,9 +311,10 @@ void check(const Call& call) {
     }
   }
   in.open();
+  in2.open();
   out.open();
   const auto canary = [](char byte) { return static_cast<unsigned char>(byte) == 0xa5; };
-  for (Buffer* buffer : {&in, &out}) {
+  for (Buffer* buffer : {&in, &in2, &out}) {
     const char* end = buffer->raw + buffer->size;
     if (!std::all_of(buffer->raw, buffer->data(), canary) ||
         !std::all_of(end - Buffer::kEnd, end, canary)) {
@@ -300,10 +331,15 @@ void check(const Call& call) {
   }
 }
 
+bool is_real(Dtype dtype) { return parts(dtype) == 1 && dtype != Dtype::kBool; }
+
+// With a second input, of other strides, at every other call.
 Call flat(Dtype dtype, int64_t size) {
+  static int calls = 0;
   Call call;
   call.dtype = dtype;
-  call.dims = {{size, 1, 1, 1}};
+  call.adds_second = is_real(dtype) && ++calls % 2 == 0;
+  call.dims = {{size, 1, 1, 1, 1}};
   return call;
 }
 
@@ -316,7 +352,8 @@ uint64_t some_offset() {
 
 void sizes() {
   for (const Dtype dtype : kDtypes) {
-    for (int64_t size = 1; size < 4100; ++size) {
+    // Every size up to a tile of each dtype, then some.
+    for (int64_t size = 1; size < 4100; size += size < 1100 ? 1 : 37) {
       Call call = flat(dtype, size);
       call.mask_offset = size % 3 == 0 ? 0 : some_offset();
       call.in_place = size % 2 == 0;
@@ -341,6 +378,7 @@ void alignments() {
           Call call = flat(dtype, size);
           call.in_shift = in;
           call.out_shift = out;
+          call.in2_shift = pick(0, 1) == 0 ? in : static_cast<int>(pick(0, shifts - 1));
           // At times the offset that makes up for the shift: vectors from a misaligned start.
           call.mask_offset = one_of<uint64_t>({0, 8, static_cast<uint64_t>(in / parts(dtype))});
           check(call);
@@ -468,6 +506,7 @@ void random_maps() {
     };
     strides(&Dim::out_stride, true);
     strides(&Dim::in_stride, true);
+    strides(&Dim::in2_stride, true);
     strides(&Dim::mask_stride, true);
     if (pick(0, 1) == 0) {
       for (Dim& dim : dims) dim.in_stride = dim.out_stride;
@@ -477,12 +516,14 @@ void random_maps() {
       if (pick(0, 5) == 0) dim.mask_stride = 0;
       if (pick(0, 30) == 0) dim.mask_stride = rng();
       if (pick(0, 5) == 0 && !call.in_place) dim.in_stride = 0;
+      if (pick(0, 5) == 0) dim.in2_stride = 0;
     }
     call.dims = dims;
     const int units = 16 / static_cast<int>(element_size(call.dtype) / parts(call.dtype));
     if (pick(0, 1) == 0) {
       call.in_shift = static_cast<int>(pick(0, units - 1));
       call.out_shift = pick(0, 1) == 0 ? call.in_shift : static_cast<int>(pick(0, units - 1));
+      call.in2_shift = pick(0, 1) == 0 ? call.in_shift : static_cast<int>(pick(0, units - 1));
     }
     call.mask_offset = some_offset();
     call.threshold = one_of<uint32_t>({0, 1, kHalf, 429496730, 0xffffffff});
@@ -490,15 +531,13 @@ void random_maps() {
     if (pick(0, 2) == 0) {
       call.keys.resize(static_cast<size_t>(pick(1, 5)));
       for (Key& key : call.keys) key = {rng(), rng()};
-      call.slice_in_stride = call.slice_out_stride = static_cast<int64_t>(
-          std::max(extent(call, true), extent(call, false)) /
-          static_cast<size_t>(element_size(call.dtype) * static_cast<int64_t>(call.keys.size())));
       // Slices must not overlap in the output.
       Call one = call;
       one.keys.resize(1);
       call.slice_in_stride = call.slice_out_stride =
-          static_cast<int64_t>(std::max(extent(one, true), extent(one, false)) /
+          static_cast<int64_t>(std::max(in_extent(one), out_extent(one)) /
                                static_cast<size_t>(element_size(call.dtype)));
+      call.slice_in2_stride = one_of<int64_t>({0, call.slice_in_stride, 5});
       call.slice_mask_stride = one_of<uint64_t>({0, static_cast<uint64_t>(numel), 13});
     }
     call.geometry = {one_of<int64_t>({0, 1, 3}), one_of<int64_t>({0, 32, 256}), pick(0, 1) == 0};
@@ -511,7 +550,7 @@ void slices() {
   Call call = flat(Dtype::kFloat32, 3);
   call.keys.resize(65540);
   for (Key& key : call.keys) key = {rng(), 0};
-  call.slice_in_stride = call.slice_out_stride = 3;
+  call.slice_in_stride = call.slice_in2_stride = call.slice_out_stride = 3;
   call.slice_mask_stride = 3;
   call.geometry.threads = 32;
   check(call);
@@ -548,7 +587,7 @@ void far_apart() {
       }
     };
     each([](float& y, uint64_t) { y = 1; });
-    launch_apply(arguments(call, x, x), {call.keys[0], nullptr}, call.geometry, nullptr);
+    launch_apply(arguments(call, x, x, x), {call.keys[0], nullptr}, call.geometry, nullptr);
     each([&](float& y, uint64_t index) {
       const float want =
           keep(call.keys[0], index, call.threshold) ? static_cast<float>(call.params.scale) : 0.0f;

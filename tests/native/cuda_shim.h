@@ -1,4 +1,4 @@
-// Enough of CUDA to run csrc/cuda/dropout_kernel.cu as plain C++, one lane after the other. Each
+// Enough of CUDA to run csrc/cuda/*.cu as plain C++, one lane after the other. Each
 // lane is a coroutine on a stack of its own, so that a shuffle really exchanges values among the
 // lanes of a warp, and aborts where they have diverged. Vector accesses abort on misalignment.
 #pragma once
@@ -24,6 +24,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __shared__ static
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -99,7 +100,7 @@ inline void make_context(Context& context, char* stack, void (*entry)()) {
 }
 #endif
 
-enum class State { kReady, kShuffle, kDone };
+enum class State { kReady, kShuffle, kBarrier, kDone };
 
 struct Warp {
   Context scheduler;
@@ -141,22 +142,43 @@ struct Warp {
 #endif
   }
 
-  void run() {
-    for (int lane = 0; lane < kWarp; ++lane) state[lane] = State::kReady;
+  // Runs to the next barrier or to the end, and says which.
+  State run() {
     for (;;) {
       for (int lane = 0; lane < kWarp; ++lane) resume(lane);
-      int done = 0;
-      for (int lane = 0; lane < kWarp; ++lane) done += state[lane] == State::kDone;
-      if (done == kWarp) return;
-      if (done != 0) fail("a shuffle that some lanes of the warp never reach");
+      for (int lane = 1; lane < kWarp; ++lane) {
+        if (state[lane] != state[0]) fail("lanes of a warp that have diverged");
+      }
+      if (state[0] != State::kShuffle) return state[0];
       std::memcpy(published, posted, sizeof(posted));
     }
   }
 };
 
+constexpr unsigned kMaxWarps = 16;
+inline unsigned current_warp = 0;
+
 inline Warp& warp() {
-  static Warp instance;
-  return instance;
+  static std::unique_ptr<Warp> warps[kMaxWarps];
+  auto& instance = warps[current_warp];
+  if (instance == nullptr) instance = std::make_unique<Warp>();
+  return *instance;
+}
+
+// The warps of a thread block, one after the other from barrier to barrier.
+inline void run_block(unsigned threads, const std::function<void()>& body) {
+  const unsigned warps = threads / kWarp;
+  for (current_warp = 0; current_warp < warps; ++current_warp) {
+    warp().first_thread = current_warp * kWarp;
+    warp().body = body;
+  }
+  for (unsigned done = 0; done == 0;) {
+    for (current_warp = 0; current_warp < warps; ++current_warp) {
+      done += warp().run() == State::kDone;
+    }
+    if (done != 0 && done != warps) fail("a barrier that some warps of the block never reach");
+  }
+  current_warp = 0;
 }
 
 inline void lane_entry() {
@@ -181,22 +203,18 @@ template <typename Kernel, typename... Args>
 void launch(Kernel* kernel, dim3 grid, unsigned threads, const Args&... args) {
   // The limits of every GPU since sm_30, and of the kernels' launch bounds.
   if (grid.x == 0 || grid.x > 0x7fffffff || grid.y == 0 || grid.y > 65535) fail("grid");
-  if (threads == 0 || threads > 256) fail("threads");
+  if (threads == 0 || threads > kMaxWarps * kWarp) fail("threads");
   if ((sizeof(args) + ... + 0) > 4096) fail("more than 4 KiB of arguments");
   ++launches;
   gridDim = grid;
   blockDim = {threads, 1, 1};
-  warp().body = [&] { kernel(args...); };
   for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
     for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
       if (threads < kWarp) {
         for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel(args...);
         continue;
       }
-      for (unsigned first = 0; first < threads; first += kWarp) {
-        warp().first_thread = first;
-        warp().run();
-      }
+      run_block(threads, [&] { kernel(args...); });
     }
   }
 }
@@ -205,6 +223,8 @@ void launch(Kernel* kernel, dim3 grid, unsigned threads, const Args&... args) {
 
 #define DROPOUT_EXT_LAUNCH(kernel, grid, threads, stream, ...) \
   (static_cast<void>(stream), shim::launch(kernel, grid, threads, __VA_ARGS__))
+
+inline void __syncthreads() { shim::warp().suspend(shim::State::kBarrier); }
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source) {
@@ -215,6 +235,11 @@ T __shfl_sync(unsigned mask, T value, int source) {
   warp.suspend(shim::State::kShuffle);
   std::memcpy(&value, &warp.published[source], sizeof(T));
   return value;
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return __shfl_sync(mask, value, shim::warp().current ^ lanes);
 }
 
 template <typename V>
@@ -242,6 +267,11 @@ inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
 }
 inline float __uint_as_float(uint32_t x) {
   float y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t y;
   std::memcpy(&y, &x, sizeof(y));
   return y;
 }
