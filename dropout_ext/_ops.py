@@ -2,6 +2,8 @@
 the reference for devices without a kernel.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,12 @@ def _apply_shape(input, key, p, scale, mask_strides, mask_offset, bias=None, dro
 
 def _keep_mask_shape(key, p, size, mask_strides, mask_offset, *, device=None):
     return torch.empty(size, dtype=torch.bool, device=device or key.device)
+
+
+def _keep_bits_shape(key, p, size, mask_strides, mask_offset, *, device=None):
+    device = torch.device(device or key.device)
+    shape = size if device.type == "cpu" else [(math.prod(size) + 7) // 8]
+    return torch.empty(shape, dtype=torch.uint8, device=device)
 
 
 def _fold_in(key, n):
@@ -81,6 +89,11 @@ def _keep_mask_batched(info, in_dims, key, p, size, mask_strides, mask_offset, *
     return torch.stack(masks), 0
 
 
+def _keep_bits_batched(info, in_dims, key, *args, **kwargs):
+    bits = [ops.keep_bits(k, *args, **kwargs) for k in key.unbind(in_dims[0])]
+    return torch.stack(bits), 0
+
+
 def _fold_in_batched(info, in_dims, key, n):
     return ops.fold_in(key.movedim(in_dims[0], 0), n), 0
 
@@ -95,6 +108,7 @@ def _split_batched(info, in_dims, key, n):
 _OPERATORS = {
     "apply": (_apply, _apply_shape, _apply_batched),
     "keep_mask": (_reference.keep_mask, _keep_mask_shape, _keep_mask_batched),
+    "keep_bits": (_reference.keep_bits, _keep_bits_shape, _keep_bits_batched),
     "fold_in": (_fold_in, _fold_in_shape, _fold_in_batched),
     "split": (_split, _split_shape, _split_batched),
 }

@@ -129,6 +129,31 @@ def keep_mask(
     return words(key, index) >= threshold(p)
 
 
+def keep_bits(
+    key: Tensor,
+    p: float,
+    size: Sequence[int],
+    mask_strides: Sequence[int] = (),
+    mask_offset: int = 0,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The keep mask as uint8: a byte per element, of shape `size`, on the CPU; a bit elsewhere,
+    element i of the row-major order in bit i % 8 of byte i // 8, and zeros after the last.
+    """
+    mask = keep_mask(key, p, size, mask_strides, mask_offset, device=device).to(torch.uint8)
+    if mask.device.type == "cpu":
+        return mask
+    return pack(mask)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Zeros and ones, uint8 of any shape, eight to a byte."""
+    blocks = torch.nn.functional.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8)
+    lanes = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (blocks << lanes).sum(1, dtype=torch.uint8)
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -201,6 +201,7 @@ def test_mask_strides_of_wrong_length():
     check(ValueError, parts, lambda: dropout_ext.keep_mask((4, 6), 0.5, KEY, mask_strides=(1,)))
     check(ValueError, parts, lambda: ops.apply(X, KEY, 0.5, 2.0, [1], 0))
     check(ValueError, parts, lambda: ops.keep_mask(KEY, 0.5, [4, 6], [1], 0))
+    check(ValueError, parts, lambda: ops.keep_bits(KEY, 0.5, [4, 6], [1], 0))
 
 
 def test_mask_strides_and_broadcast_dims():
@@ -354,6 +355,7 @@ def test_failing_calls_that_are_not_plain_draw_nothing(kind):
 def test_operators_check_too(p):
     check(ValueError, ["between 0 and 1"], lambda: ops.apply(X, KEY, p, 2.0, [], 0))
     check(ValueError, ["between 0 and 1"], lambda: ops.keep_mask(KEY, p, [4], [], 0))
+    check(ValueError, ["between 0 and 1"], lambda: ops.keep_bits(KEY, p, [4], [], 0))
     check(TypeError, ["'input'", "int64"], lambda: ops.apply(X.long(), KEY, 0.5, 2.0, [], 0))
     check(TypeError, ["'key'"], lambda: ops.apply_(X.clone(), X[0, :2], 0.5, 2.0, [], 0))
 

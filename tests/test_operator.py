@@ -109,6 +109,34 @@ def test_strides_and_offset(strides, offset, dtype, key):
     assert_same_bits(replay, expected)
     mask = dropout_ext.keep_mask(x.shape, 0.5, key, mask_strides=strides, mask_offset=offset)
     assert torch.equal(mask, reference.keep_mask(key, 0.5, x.shape, strides, offset))
+    bits = ops.keep_bits(key, 0.5, x.shape, strides, offset)
+    assert_same_bits(bits, mask.to(torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (7,), (8,), (9,), (3, 5, 7), (40_000,)])
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_keep_bits(shape, p, key):
+    """A byte per element on the CPU; elsewhere bits, eight to a byte, the first one lowest."""
+    mask = reference.keep_mask(key, p, shape).to(torch.uint8)
+    assert_same_bits(ops.keep_bits(key, p, shape, [], 0), mask)
+    assert_same_bits(reference.keep_bits(key, p, shape), mask)
+    flat = mask.flatten().tolist()
+    packed = [
+        sum(bit << lane for lane, bit in enumerate(flat[i : i + 8])) for i in range(0, len(flat), 8)
+    ]
+    packed = torch.tensor(packed, dtype=torch.uint8)
+    assert_same_bits(reference.pack(mask), packed)
+    meta = ops.keep_bits(key, p, shape, [], 0, device="meta")
+    assert (meta.shape, meta.dtype) == (packed.shape, packed.dtype)
+
+
+def test_keep_bits_of_a_key_per_slice(key):
+    keys = torch.stack([key, make_key(7), make_key(8)])
+    expected = torch.stack([reference.keep_mask(k, 0.5, (5, 9)) for k in keys.unbind()])
+    expected = expected.to(torch.uint8)
+    assert_same_bits(ops.keep_bits(keys, 0.5, (3, 5, 9), (0, 9, 1), 0), expected)
+    batched = torch.vmap(lambda k: ops.keep_bits(k, 0.5, (5, 9), (), 0))(keys)
+    assert_same_bits(batched, expected)
 
 
 def test_a_shard_has_the_mask_of_the_whole(key):
@@ -323,9 +351,10 @@ def test_opcheck(op, affine, requires_grad, key):
     torch.library.opcheck(op, (x, keys, 0.5, SCALE, [7, 1], 2**40, *affine))
 
 
-def test_opcheck_of_keep_mask(key):
+def test_opcheck_of_masks(key):
     torch.library.opcheck(ops.keep_mask, (key, 0.5, [3, 7], [7, 1], 0))
     torch.library.opcheck(ops.keep_mask, (key, 0.5, [3, 7], [0, 1], 5), {"device": "cpu"})
+    torch.library.opcheck(ops.keep_bits, (key, 0.5, [3, 7], [7, 1], 0))
 
 
 # In place.

@@ -30,7 +30,8 @@ Dtype dtype_of(const Tensor& tensor) {
     case at::kBFloat16: return Dtype::kBFloat16;
     case at::kComplexDouble: return Dtype::kComplex128;
     case at::kComplexFloat: return Dtype::kComplex64;
-    case at::kBool: return Dtype::kBool;
+    case at::kBool:
+    case at::kByte: return Dtype::kBool;  // 0 or 1 in a byte
     default: TORCH_INTERNAL_ASSERT(false);
   }
 }
@@ -156,19 +157,45 @@ void apply_kernel_(Tensor& input, const Tensor& key, double p, double scale,
   run(input, {}, input, call, Epilogue::kAffine, {scale, bias.value_or(-0.0), dropped});
 }
 
-Tensor keep_mask_kernel(const Tensor& key, double p, at::SymIntArrayRef size,
-                        SymIntArrayRef mask_strides, SymInt mask_offset,
-                        std::optional<at::Device> device) {
-  const at::Device to = device.value_or(key.device());
-  const auto bools = at::TensorOptions().dtype(at::kBool);
-  const bool ours = to.is_cpu() || to.is_cuda();
-  // A device without a kernel gets the CPU's mask.
-  Tensor out = at::empty_symint(size, bools.device(ours ? to : at::Device(at::kCPU)));
+// Keep decisions, each a byte of this dtype.
+Tensor decisions(const Tensor& key, double p, SymIntArrayRef size, SymIntArrayRef mask_strides,
+                 SymInt mask_offset, at::ScalarType dtype, at::Device device) {
+  Tensor out = at::empty_symint(size, at::TensorOptions().dtype(dtype).device(device));
   check_probability(p);
   check_key(key, out);
   check_mask_strides(out, static_cast<int64_t>(mask_strides.size()));
   run({}, {}, out, {key, p, 0, mask_strides, std::move(mask_offset)}, Epilogue::kKeepMask, {});
-  return ours ? out : out.to(to);
+  return out;
+}
+
+// A device without a kernel gets the CPU's mask.
+at::Device with_kernel(at::Device device) {
+  return device.is_cpu() || device.is_cuda() ? device : at::Device(at::kCPU);
+}
+
+Tensor keep_mask_kernel(const Tensor& key, double p, SymIntArrayRef size,
+                        SymIntArrayRef mask_strides, SymInt mask_offset,
+                        std::optional<at::Device> device) {
+  const at::Device to = device.value_or(key.device());
+  return decisions(key, p, size, mask_strides, std::move(mask_offset), at::kBool, with_kernel(to))
+      .to(to);
+}
+
+// Bit i & 7 of byte i >> 3 is decision i.
+Tensor packed(const Tensor& bytes) {
+  const int64_t rest = -bytes.numel() & 7;
+  const Tensor blocks = at::constant_pad_nd(bytes.flatten(), {0, rest}).view({-1, 8});
+  const Tensor lanes = at::arange(8, blocks.options());
+  return blocks.bitwise_left_shift(lanes).sum(1, /*keepdim=*/false, at::kByte);
+}
+
+Tensor keep_bits_kernel(const Tensor& key, double p, SymIntArrayRef size,
+                        SymIntArrayRef mask_strides, SymInt mask_offset,
+                        std::optional<at::Device> device) {
+  const at::Device to = device.value_or(key.device());
+  const Tensor bytes =
+      decisions(key, p, size, mask_strides, std::move(mask_offset), at::kByte, with_kernel(to));
+  return to.is_cpu() ? bytes : packed(bytes).to(to);
 }
 
 // Deriving keys, on the CPU. Other devices run the reference.
@@ -231,6 +258,12 @@ TORCH_LIBRARY(dropout_ext, m) {
       "keep_mask(Tensor key, float p, SymInt[] size, SymInt[] mask_strides, SymInt mask_offset, *, "
       "Device? device=None) -> Tensor",
       tags);
+  // The same for kernels that a compiler writes: what they read fastest. On the CPU uint8 of shape
+  // `size`, 0 or 1; elsewhere bits, element i of the row-major order in bit i & 7 of byte i >> 3.
+  m.def(
+      "keep_bits(Tensor key, float p, SymInt[] size, SymInt[] mask_strides, SymInt mask_offset, *, "
+      "Device? device=None) -> Tensor",
+      tags);
   m.def("fold_in(Tensor key, SymInt n) -> Tensor", tags);
   m.def("split(Tensor key, SymInt n) -> Tensor", tags);
 }
@@ -239,6 +272,7 @@ TORCH_LIBRARY_IMPL(dropout_ext, CPU, m) {
   m.impl("apply", apply_kernel);
   m.impl("apply_", apply_kernel_);
   m.impl("keep_mask", keep_mask_kernel);
+  m.impl("keep_bits", keep_bits_kernel);
   m.impl("fold_in", fold_in_kernel);
   m.impl("split", split_kernel);
 }
@@ -248,8 +282,9 @@ TORCH_LIBRARY_IMPL(dropout_ext, CUDA, m) {
   m.impl("apply", apply_kernel);
   m.impl("apply_", apply_kernel_);
   m.impl("keep_mask", keep_mask_kernel);
+  m.impl("keep_bits", keep_bits_kernel);
 #else
-  for (const char* op : {"apply", "apply_", "keep_mask"}) {
+  for (const char* op : {"apply", "apply_", "keep_mask", "keep_bits"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&cuda_kernel_missing>());
   }
 #endif
