@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _C, _reference
+from . import _C, _inductor, _reference
 from ._geometry import row_major
 
 ops = torch.ops.dropout_ext
@@ -20,6 +20,7 @@ def _apply(input, key, p, scale, mask_strides, mask_offset, bias=None, dropped=0
 
 
 def _apply_shape(input, key, p, scale, mask_strides, mask_offset, bias=None, dropped=0.0):
+    _inductor.prepare()
     _C.check_call(input, key, p, bias, dropped, len(mask_strides))
     return torch.empty_like(input)
 

@@ -6,18 +6,23 @@ from family import MODULES
 from helpers import assert_same_bits, make_key, random_tensor
 
 import dropout_ext
+from dropout_ext import _inductor
 from dropout_ext import _reference as reference
 
-BACKENDS = ["aot_eager", "inductor"]
+# With dropout as an operator of its own, and in Inductor's own loops.
+BACKENDS = ["aot_eager", "inductor", "inductor, fused"]
 SIGMA = 5  # a false alarm in 1.7e6 for a fair coin
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(monkeypatch, request):
+    fused = "inductor, fused" in request.node.name
+    monkeypatch.setenv(_inductor.SWITCH, "always" if fused else "never")
     torch.compiler.reset()
 
 
 def compiled(function, backend="aot_eager", dynamic=False):
+    backend = backend.removesuffix(", fused")
     return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
 
 
@@ -69,6 +74,12 @@ def test_a_key_gives_the_eager_bits_without_recompiling(backend, dynamic, dtype)
         y = dropout_ext.dropout(x, 0.1, key=key)
         return dropout_ext.dropout(y, 0.3, key=dropout_ext.fold_in(key, 1))
 
+    def same(actual, expected):
+        if backend == "inductor, fused" and dtype == torch.bfloat16:  # rounded once
+            torch.testing.assert_close(actual, expected, rtol=2**-7, atol=0)
+        else:
+            assert_same_bits(actual, expected)
+
     f = compiled(twice, backend, dynamic)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed, n in enumerate((41, 57, 101) if dynamic else (41, 41, 41)):
@@ -77,12 +88,12 @@ def test_a_key_gives_the_eager_bits_without_recompiling(backend, dynamic, dtype)
             y = f(x, make_key(seed))
             expected = reference.apply(x.detach(), keys[0], 0.1, 1 / (1 - 0.1))
             expected = reference.apply(expected, keys[1], 0.3, 1 / (1 - 0.3))
-            assert_same_bits(y, expected)
+            same(y, expected)
             grad = random_tensor(y.shape, dtype, seed + 10)
             y.backward(grad)
             expected = reference.apply(grad, keys[1], 0.3, 1 / (1 - 0.3))
             expected = reference.apply(expected, keys[0], 0.1, 1 / (1 - 0.1))
-            assert_same_bits(x.grad, expected)
+            same(x.grad, expected)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -234,12 +245,12 @@ def test_indices_count_modulo_2_to_64(key, offset):
     assert_same_bits(compiled(f, "aot_eager")(x, key), f(x, key))
 
 
-def test_strides_are_those_of_eager(key):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_are_those_of_eager(backend, key):
     x = random_tensor((2, 3, 4, 5)).to(memory_format=torch.channels_last)
-    for backend in BACKENDS:
-        y = compiled(lambda x, k: dropout_ext.dropout(x, key=k), backend)(x, key)
-        assert y.stride() == x.stride()
-        assert_same_bits(y, dropout_ext.dropout(x, key=key))
+    y = compiled(lambda x, k: dropout_ext.dropout(x, key=k), backend)(x, key)
+    assert y.stride() == x.stride()
+    assert_same_bits(y, dropout_ext.dropout(x, key=key))
 
 
 @pytest.mark.cuda
