@@ -33,7 +33,7 @@ except ImportError as error:  # GPU machines without a network may have nothing 
 
 SECTIONS = (
     "micro", "bars", "family", "hugepages", "fused", "statistics", "training", "models",
-    "attention", "peers",
+    "attention", "compiled", "peers",
 )  # fmt: skip
 # Of each process on the CPU its environment and the sections that it may run. Models are apart,
 # because what a process allocated before decides how often an allocation has to be paged in.
@@ -43,6 +43,7 @@ PROCESSES = (
     ("resident", ("bars", "family")),
     ("hugepages", ("hugepages", "fused")),
     ("hugepages", ("attention",)),
+    ("hugepages", ("compiled",)),
     ("avx2", ("bars", "fused")),
     ("portable", ("bars",)),
 )

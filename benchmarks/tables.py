@@ -194,6 +194,7 @@ def show(table, console):
         listing(table, "training", "Training on scikit-learn's digits"),
         listing(table, "models", "Steps of whole models"),
         listing(table, "attention", "Attention with dropout on the CPU"),
+        listing(table, "compiled", "Compiled with its neighbours on the CPU"),
         listing(table, "peers", "Other people's dropout"),
         comparison(table, "family", "The family"),
         listing(table, "gpu independence", "Consecutive calls in 16-bit types (independent: 0.5)"),

@@ -20,6 +20,7 @@ MODULES = {
     "training": "digits",
     "models": "models",
     "attention": "attention",
+    "compiled": "compiled",
     "gpu": "gpu",
 }
 
