@@ -149,6 +149,35 @@ def test_sizes_without_recompiling(key):
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_place(dtype, monkeypatch, key):
+    """After a loop and before none: what others read of that loop is not written to."""
+    monkeypatch.setenv(_inductor.SWITCH, "auto")
+
+    def calls(x, key):
+        h = F.relu(x)
+        y, z = functional.dropout(h, P, key=key), functional.dropout(h.t(), P, key=key)
+        return h, y, z, functional.alpha_dropout(h, P, True, key=key), h @ h.t()
+
+    f = compiled(calls, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for shape in ((9, 41), (40, 50)):
+            x = random_tensor(shape, dtype).requires_grad_()
+            counts, out = operators(f, x, key)
+            assert counts == {"apply_": 3}
+            expected = calls(x, key)
+            for actual, wanted in zip(out, expected, strict=True):
+                assert_same_bits(actual, wanted)
+                assert actual.stride() == wanted.stride()
+            grads = [random_tensor(y.shape, dtype, seed=1) for y in out]
+            torch.testing.assert_close(
+                torch.autograd.grad(out, x, grads),
+                torch.autograd.grad(expected, x, grads),
+                atol=1e-5 if dtype == torch.float32 else 0.1,
+                rtol=1e-5 if dtype == torch.float32 else 0.05,
+            )
+
+
 @contextlib.contextmanager
 def bits_instead_of_bytes(monkeypatch):
     from dropout_ext import _inductor_lowering as ours
@@ -247,10 +276,13 @@ def test_recomputed(where, key):
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_export_and_ahead_of_time(tmp_path, key):
+@pytest.mark.parametrize(("switch", "calls"), [("always", "keep_bits"), ("auto", "apply_")])
+def test_export_and_ahead_of_time(switch, calls, tmp_path, monkeypatch, key):
+    monkeypatch.setenv(_inductor.SWITCH, switch)
+
     class Model(torch.nn.Module):
         def forward(self, x, key):
-            return functional.dropout(x, P, key=key) + 1
+            return functional.dropout(x + 1, P, key=key)
 
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(
@@ -262,7 +294,7 @@ def test_export_and_ahead_of_time(tmp_path, key):
     for n in (8, 5):
         x = random_tensor((n, 33))
         counts, y = operators(model, x, key)
-        assert counts == {"keep_bits": 1}
+        assert counts == {calls: 1}
         assert_same_bits(y, Model()(x, key))
 
 
@@ -275,17 +307,21 @@ def test_the_rule(monkeypatch, key):
     def d(x):
         return functional.dropout(x, P, key=key)
 
-    opaque, fused = {"apply": 1}, {"keep_bits": 1}
+    opaque, fused, in_place = {"apply": 1}, {"keep_bits": 1}, {"apply_": 1}
     for function, expected in (
         (d, opaque),
         (lambda x: d(x @ w) @ w, opaque),
         (lambda x: d(x @ w) + 1, fused),
-        (lambda x: d(F.relu(x)) @ w, fused),
+        (lambda x: d(F.relu(x)) + 1, fused),
+        (lambda x: d(F.relu(x)) @ w, in_place),
+        (lambda x: d(F.relu(x).t()).t().view(-1), in_place),
         (lambda x: d(x @ w).view(4, 64).t().sum(0), fused),
-        (lambda x: d((x * 2).bfloat16()), opaque),
+        (lambda x: d(x.bfloat16()) + 1, opaque),
+        (lambda x: d(x.bfloat16()), in_place),
     ):
         torch.compiler.reset()
         monkeypatch.setattr(ours, "CPU_BYTES", 0)
+        monkeypatch.setattr(ours, "loads_bytes", lambda: True)
         assert operators(compiled(function), x)[0] == expected
     torch.compiler.reset()
     monkeypatch.undo()
