@@ -11,6 +11,7 @@ except ImportError as error:
 
 from . import functional
 from ._convert import convert, dropout_summary, revert
+from ._keys import fold_in, key, keys, split
 from ._monte_carlo import monte_carlo, predict
 from ._override import override
 from .functional import dropout, keep_mask
@@ -24,7 +25,6 @@ from .fused import (
     dropout_add_layer_norm,
     dropout_add_rms_norm,
 )
-from .keys import fold_in, key, split
 from .modules import (
     AlphaDropout,
     Dropout,
@@ -64,6 +64,7 @@ __all__ = [
     "functional",
     "keep_mask",
     "key",
+    "keys",
     "monte_carlo",
     "override",
     "predict",

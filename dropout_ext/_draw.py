@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-from . import _C
+from . import _C, _keys
 from ._ops import ops
 
 _library = torch.library.Library("dropout_ext", "FRAGMENT")
@@ -59,7 +59,11 @@ def is_traced(input: Tensor) -> bool:
 
 
 def draw_key(input: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A fresh key for `input`, on its device or on the CPU."""
+    """A fresh key for `input`, on its device or on the CPU: that of a `keys` context, or drawn."""
+    if generator is None:
+        key = _keys.next_key()
+        if key is not None:
+            return key
     if input.device.type == "meta":
         return torch.empty(2, dtype=torch.int64, device="meta")
     if not is_traced(input):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import keys
+from . import _keys
 from ._convert import is_dropout
 
 __all__ = ["monte_carlo", "predict"]
@@ -197,7 +197,7 @@ def _seeded(model, x, key):
         yield
         return
     # Folded, because keys may count up and PyTorch's CPU generator reads 32 bits of a seed.
-    key = keys.fold_in(key, 0)
+    key = _keys.fold_in(key, 0)
     devices = {t.device for t in (x, *model.parameters(), *model.buffers())}
     own = {
         id(value): value
@@ -215,7 +215,7 @@ def _seeded(model, x, key):
                 torch.get_device_module(device).manual_seed(_seed(key))
         for i, generator in enumerate(own.values(), 1):
             stack.callback(generator.set_state, generator.get_state())
-            generator.manual_seed(_seed(keys.fold_in(key, i)))
+            generator.manual_seed(_seed(_keys.fold_in(key, i)))
         yield
 
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._contextlib import _NoParamDecoratorContextManager
 
 from . import _attention as _sdpa
-from . import functional
+from . import _keys, functional
 from ._call import Call
 
 __all__ = ["override"]
@@ -259,16 +259,24 @@ def _replace_modes(modes):
 
 @_no_frame
 def _as_now(function):
-    """`function`, to be run later with override on or off as it is now."""
+    """`function`, to be run again later with override on or off as it is now, and the same keys."""
     modes = overrides._get_current_function_mode_stack()
     on = any(isinstance(mode, override) for mode in modes)
-    return functools.partial(_inside if on else _outside, function)
+    again = functools.partial(_resume, _keys.Resumed(), function)
+    return functools.partial(_inside if on else _outside, again)
+
+
+@_no_frame
+def _resume(resumed, function, *args, **kwargs):
+    with resumed:
+        return function(*args, **kwargs)
 
 
 def _carry_into_checkpoints() -> None:
-    """Has PyTorch's checkpoints keep override as they keep autocast and the default device: what
-    they run again in the backward pass drops as in the forward pass, wherever the backward pass
-    runs. They offer no hook for it. Left alone, reentrant ones give wrong gradients, others raise.
+    """Has PyTorch's checkpoints keep override and keys as they keep autocast and the default
+    device: what they run again in the backward pass drops as in the forward pass, wherever the
+    backward pass runs. They offer no hook for it. Left alone, reentrant ones give wrong gradients,
+    others raise.
     """
     forward = checkpointing.CheckpointFunction.forward
     initialise = checkpointing._CheckpointFrame.__init__
@@ -276,7 +284,10 @@ def _carry_into_checkpoints() -> None:
     @functools.wraps(forward)
     @_no_frame
     def carrying_forward(ctx, run_function, *args):
-        return forward(ctx, _as_now(run_function), *args)
+        again = _as_now(run_function)
+        outputs = forward(ctx, run_function, *args)
+        ctx.run_function = again
+        return outputs
 
     @functools.wraps(initialise)
     @_no_frame

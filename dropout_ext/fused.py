@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _C, _geometry, _rows
 from ._call import Call, check_probability, check_source, check_tensor
+from ._keys import Keyed
 
 __all__ = [
     "ActivationDropout",
@@ -426,7 +427,7 @@ def _function_of(activation: str, approximate: str) -> int:
     return function
 
 
-class DropoutAdd(nn.Module):
+class DropoutAdd(Keyed, nn.Module):
     """residual + dropout(input) in one pass: :func:`dropout_ext.dropout_add` as a module.
 
     Args:
@@ -462,6 +463,7 @@ class DropoutAdd(nn.Module):
         Returns:
             Tensor: of the shape of `input`.
         """
+        key = self._key(key)
         generator = self.generator if key is None else None
         return dropout_add(input, residual, self.p, self.training, key=key, generator=generator)
 
@@ -469,7 +471,7 @@ class DropoutAdd(nn.Module):
         return f"p={self.p}"
 
 
-class ActivationDropout(nn.Module):
+class ActivationDropout(Keyed, nn.Module):
     """Dropout of an activation in one pass: :func:`dropout_ext.activation_dropout` as a module.
 
     Args:
@@ -513,6 +515,7 @@ class ActivationDropout(nn.Module):
         Returns:
             Tensor: of the shape of `input`.
         """
+        key = self._key(key)
         generator = self.generator if key is None else None
         return activation_dropout(
             input, self.activation, self.p, self.training, approximate=self.approximate, key=key,
@@ -524,7 +527,7 @@ class ActivationDropout(nn.Module):
         return f"{self.activation!r}, p={self.p}{approximate}"
 
 
-class _DropoutAddNorm:
+class _DropoutAddNorm(Keyed):
     """What the modules have beside their norm."""
 
     generator: torch.Generator | None = None
@@ -596,6 +599,7 @@ class DropoutAddLayerNorm(_DropoutAddNorm, nn.LayerNorm):
         Returns:
             Tensor or (Tensor, Tensor): the norm, or with `prenorm` the norm and the sum.
         """
+        key = self._key(key)
         return dropout_add_layer_norm(
             input, residual, self.normalized_shape, self.weight, self.bias, self.eps, self.p,
             self.training, return_sum=self.prenorm, key=key,
@@ -656,6 +660,7 @@ class DropoutAddRMSNorm(_DropoutAddNorm, nn.RMSNorm):
         Returns:
             Tensor or (Tensor, Tensor): the norm, or with `prenorm` the norm and the sum.
         """
+        key = self._key(key)
         return dropout_add_rms_norm(
             input, residual, self.normalized_shape, self.weight, self.eps, self.p, self.training,
             return_sum=self.prenorm, key=key, generator=self.generator if key is None else None,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import functional
 from ._call import check_probability, check_source
 from ._geometry import ints
+from ._keys import Keyed
 
 __all__ = [
     "AlphaDropout",
@@ -30,7 +31,7 @@ def _no_script(module: nn.Module):
     )
 
 
-class _WithGenerator:
+class _WithGenerator(Keyed):
     """A generator to draw keys from. Its default stands on the class, because a module of torch.nn
     that `convert` turned into ours was constructed without one.
     """
@@ -101,7 +102,7 @@ class Dropout(_WithGenerator, nn.Dropout):
             self.p,
             self.training,
             self.inplace,
-            key=key,
+            key=self._key(key),
             generator=self.generator,
             broadcast_dims=self.broadcast_dims,
         )
@@ -141,7 +142,7 @@ class Dropout1d(_WithGenerator, nn.Dropout1d):
 
     def forward(self, input: Tensor, *, key: Tensor | None = None) -> Tensor:
         return functional.dropout1d(
-            input, self.p, self.training, self.inplace, key=key, generator=self.generator
+            input, self.p, self.training, self.inplace, key=self._key(key), generator=self.generator
         )
 
 
@@ -175,7 +176,7 @@ class Dropout2d(_WithGenerator, nn.Dropout2d):
 
     def forward(self, input: Tensor, *, key: Tensor | None = None) -> Tensor:
         return functional.dropout2d(
-            input, self.p, self.training, self.inplace, key=key, generator=self.generator
+            input, self.p, self.training, self.inplace, key=self._key(key), generator=self.generator
         )
 
 
@@ -209,7 +210,7 @@ class Dropout3d(_WithGenerator, nn.Dropout3d):
 
     def forward(self, input: Tensor, *, key: Tensor | None = None) -> Tensor:
         return functional.dropout3d(
-            input, self.p, self.training, self.inplace, key=key, generator=self.generator
+            input, self.p, self.training, self.inplace, key=self._key(key), generator=self.generator
         )
 
 
@@ -241,7 +242,7 @@ class AlphaDropout(_WithGenerator, nn.AlphaDropout):
 
     def forward(self, input: Tensor, *, key: Tensor | None = None) -> Tensor:
         return functional.alpha_dropout(
-            input, self.p, self.training, key=key, generator=self.generator
+            input, self.p, self.training, key=self._key(key), generator=self.generator
         )
 
 
@@ -274,11 +275,11 @@ class FeatureAlphaDropout(_WithGenerator, nn.FeatureAlphaDropout):
 
     def forward(self, input: Tensor, *, key: Tensor | None = None) -> Tensor:
         return functional.feature_alpha_dropout(
-            input, self.p, self.training, key=key, generator=self.generator
+            input, self.p, self.training, key=self._key(key), generator=self.generator
         )
 
 
-class DropPath(nn.Module):
+class DropPath(Keyed, nn.Module):
     """Stochastic depth per sample: drops whole slices of dimension 0 while training, as
     `timm.layers.DropPath` does; see :func:`dropout_ext.functional.drop_path`.
 
@@ -334,7 +335,7 @@ class DropPath(nn.Module):
             self.training,
             self.scale_by_keep,
             self.inplace,
-            key=key,
+            key=self._key(key),
             generator=self.generator,
         )
 
@@ -383,7 +384,13 @@ class LockedDropout(_WithGenerator, nn.modules.dropout._DropoutNd):
 
     def forward(self, input: Tensor, *, key: Tensor | None = None) -> Tensor:
         return functional.locked_dropout(
-            input, self.p, self.dim, self.training, self.inplace, key=key, generator=self.generator
+            input,
+            self.p,
+            self.dim,
+            self.training,
+            self.inplace,
+            key=self._key(key),
+            generator=self.generator,
         )
 
     def extra_repr(self) -> str:

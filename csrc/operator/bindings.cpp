@@ -148,6 +148,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("input"), py::arg("key"), py::arg("p"), py::arg("bias"), py::arg("dropped"),
       py::arg("n_strides"));
+  m.def("set_keyed", set_keyed, py::arg("keyed"));
   m.def("check_writable", check_writable, py::arg("input"));
   m.def("check_generator", check_generator, py::arg("generator"), py::arg("device"));
   m.def("check_fold_in", check_fold_in, py::arg("key"), py::arg("n"));

@@ -69,8 +69,13 @@ at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device de
 namespace {
 
 thread_local at::Tensor last_key;  // for the next call, unless a graph has kept it
+thread_local bool keyed = false;
 
 }  // namespace
+
+bool is_keyed() { return keyed; }
+
+void set_keyed(bool on) { keyed = on; }
 
 DrawnKey::DrawnKey(at::Tensor& key, const std::optional<at::Generator>& generator,
                    const at::Tensor& input, double p) {

@@ -19,6 +19,10 @@ void check_generator(const std::optional<at::Generator>& generator, at::Device d
 at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device device,
                     at::Tensor spare = {});
 
+// Whether calls without a key take one from a `keys` context of Python (_keys.py), in this thread.
+bool is_keyed();
+void set_keyed(bool keyed);
+
 // Sets a key that is undefined to a fresh one as long as this lives; nothing is drawn at p = 1,
 // where nothing is kept under any key.
 class DrawnKey {

@@ -10,12 +10,14 @@
 
 #include <limits>
 
+#include "draw.h"
+
 namespace py = pybind11;
 
 namespace dropout_ext {
 
 bool is_plain(PyObject* object) {
-  if (!THPVariable_CheckExact(object)) return false;
+  if (!THPVariable_CheckExact(object) || is_keyed()) return false;
   constexpr c10::DispatchKeySet kHarmless =
       c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView}) |
       c10::autocast_dispatch_keyset;

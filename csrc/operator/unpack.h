@@ -13,7 +13,7 @@
 namespace dropout_ext {
 
 // Whether the call can go straight to the dispatcher: an ordinary tensor on a device with a kernel,
-// and nothing that traces, transforms or intercepts it.
+// nothing that traces, transforms or intercepts it, and no keys of Python's to take.
 bool is_plain(PyObject* object);
 
 const at::Tensor& unpack_tensor(PyObject* object, const char* name, const char* accepted);
