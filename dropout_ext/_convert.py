@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from . import fused, modules
+from . import _fuse, fused, modules
 from .compat import flash_attn
 
 __all__ = ["DropoutSummary", "SummaryRow", "convert", "dropout_summary", "revert"]
@@ -25,7 +25,7 @@ _ALL_OURS = (*_TORCH, modules.DropPath, modules.LockedDropout)
 _EXTRA = ("generator", "broadcast_dims")  # what the modules of torch.nn lack
 
 
-def convert(model: nn.Module) -> nn.Module:
+def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
     """Turns every dropout module of `torch.nn` in `model` into ours, in place; returns `model`.
 
     Only the class of a module changes, so its identity, p, inplace, training flag, hooks, names in
@@ -33,12 +33,20 @@ def convert(model: nn.Module) -> nn.Module:
     scripted modules and modules whose instance has a `forward` of its own: `dropout_summary` lists
     them. Functional calls are no modules: see `dropout_ext.override`.
 
+    With `fuse`, `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer` and the modules of
+    transformers that end in dropout, sum and layer norm as BERT's do run dropout in one pass with
+    the sum and the norm, or with the activation, before or after it: on the CPU, while it drops, on
+    plain tensors of one dtype. The masks are those of the unfused model under the same seed, and
+    results are rounded less often. Where a module in between has hooks, another class or a
+    `forward` of its own, it is called as before; evaluation is the original's to the bit.
+
     A model under `torch.compile` is compiled anew at its next call. DistributedDataParallel and
     FSDP keep working, before and after wrapping; only a dropout module that is itself an argument
     of `fully_shard` has a class of FSDP's own by then: convert it before.
 
     Args:
         model (torch.nn.Module): a model of any library, or a single dropout module.
+        fuse (bool): fuse dropout with its neighbours too, where they are known. Default: False
 
     Returns:
         torch.nn.Module: `model` itself.
@@ -59,6 +67,8 @@ def convert(model: nn.Module) -> nn.Module:
     for module in _modules("convert", model):
         if _obstacle(module) is None and type(module) in _OURS:
             module.__class__ = _OURS[type(module)]
+        if fuse and _obstacle(module) is None and (kind := _fuse.fused_class(type(module))):
+            module.__class__ = kind
     return model
 
 
@@ -86,6 +96,8 @@ def revert(model: nn.Module) -> nn.Module:
     for module in _modules("revert", model):
         if type(module) in _TORCH and not any(vars(module).get(name) for name in _EXTRA):
             module.__class__ = _TORCH[type(module)]
+        elif _fuse.is_fused(module):
+            module.__class__ = module._original
     return model
 
 
@@ -95,8 +107,8 @@ class SummaryRow(NamedTuple):
     name: str  # as in named_modules()
     type: str
     p: float | None
-    state: str  # "converted", "to convert" or "left"
-    reason: str  # why it is left, else empty
+    state: str  # "converted", "to convert", "left" or "fused"
+    reason: str  # why it is left or not all of it fused, else empty
 
 
 class DropoutSummary(list[SummaryRow]):
@@ -138,8 +150,9 @@ def dropout_summary(model: nn.Module) -> DropoutSummary:
         DropoutSummary: a list of one named tuple per module, in the order of `named_modules`, which
         `print` shows as a table. `name` and `type` say which module it is; `p` is its probability,
         None where it has none that can be read. `state` is "converted" for a module of ours, "to
-        convert" for one that `convert` would turn into ours, and "left" for one that it leaves;
-        `reason` says why it is left and is empty otherwise.
+        convert" for one that `convert` would turn into ours, "left" for one that it leaves, and
+        "fused" for one that `convert` fused around its dropout; `reason` says why it is left, or
+        not all of it fused, and is empty otherwise.
 
     Raises:
         TypeError: `model` is no module.
@@ -161,6 +174,8 @@ def dropout_summary(model: nn.Module) -> DropoutSummary:
         p = None
         if isinstance(module, (*_ALL_OURS, *_FUSED)):
             state, reason = "converted", ""
+        elif _fuse.is_fused(module):
+            state, reason = "fused", module.why_unfused()
         elif type(module) in _OURS:
             reason = _obstacle(module)
             state, reason = ("to convert", "") if reason is None else ("left", reason)
