@@ -343,8 +343,8 @@ def activation_dropout(
     keep ? f(input + input_bias) / (1 - p) : 0.
 
     The activation is computed in float32 and rounded once; float64 by PyTorch's own. Saved for the
-    backward pass: `input` and the key, where PyTorch saves the mask besides. In eval mode and at
-    p = 0 it is PyTorch's activation.
+    backward pass: `input`, for "relu" the result, and the key, where PyTorch saves the mask
+    besides. In eval mode and at p = 0 it is PyTorch's activation.
 
     Args:
         input (Tensor): any shape, any strides; float64, float32, float16 or bfloat16.

@@ -590,6 +590,30 @@ def test_what_is_saved():
     assert sorted(saved) == sorted([16, 64 * 128 * 4, 64 * 4, 64 * 4, 128 * 4])
 
 
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu"])
+def test_what_an_activation_saves(activation):
+    """Its input; relu what it returned, which the product that follows saves anyway."""
+    x = rows((64, 128), torch.float32, 1).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = dropout_ext.activation_dropout(x, activation, P)
+    wanted = y if activation == "relu" else x
+    assert {t.data_ptr() for t in saved if t.numel() > 2} == {wanted.data_ptr()}
+
+
+def test_gradient_of_relu_from_its_output():
+    """Values at which what is positive is a question."""
+    tiny = torch.finfo(torch.float32).smallest_normal * 2**-23
+    values = torch.tensor([0.0, -0.0, tiny, -tiny, 1.0, -1.0, torch.inf, -torch.inf])
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = values.to(dtype).repeat(64).requires_grad_()
+        y = dropout_ext.activation_dropout(x, "relu", P, key=KEY)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        keep = reference.keep_mask(KEY, P, x.shape)
+        expected = torch.where(keep & (x > 0), torch.tensor(1 / (1 - P)), torch.tensor(0.0))
+        assert torch.equal(grad, expected.to(dtype))
+
+
 def test_nested_and_dtensor_are_composed(tmp_path):
     values = [rows((n, 16), torch.float32, n) for n in (3, 5)]
     nested = torch.nested.nested_tensor(values, layout=torch.jagged)

@@ -1,6 +1,6 @@
 // Saved for the backward of a norm are the sum, its moments and the key; for an activation its
-// input and the key; for the add the key alone. Gradients of the scales, and everything that is
-// differentiated again, are composed of differentiable operators.
+// input, of relu what it returned, and the key; for the add the key alone. Gradients of the scales,
+// and everything that is differentiated again, are composed of differentiable operators.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -297,14 +297,17 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, int64_t function,
                         const Call& call) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({call.key, input});
+    Tensor out = activation(input, function, call);
+    // The gradient of relu flows where this is positive, and whoever reads it mostly saves it.
+    const bool relu = static_cast<Activation>(function) == Activation::kRelu;
+    ctx->save_for_backward({call.key, relu ? out : input});
     save(ctx, {.input = input,
                .p = call.p,
                .scale = call.scale,
                .mask_strides = call.mask_strides,
                .mask_offset = call.mask_offset});
     ctx->saved_data["function"] = function;
-    return activation(input, function, call);
+    return out;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
