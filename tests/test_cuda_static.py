@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from fused_reference import PAIRS
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -22,6 +23,8 @@ def test_the_table_is_complete():
         "add": ["float64", "float32", "float16", "bfloat16"],
         "activation": ["float32", "float16", "bfloat16"],
         "activation_backward": ["float32", "float16", "bfloat16"],
+        "add_norm": [", ".join(str(dtype)[6:] for dtype in pair) for pair in PAIRS],
+        "add_norm_backward": [", ".join(str(dtype)[6:] for dtype in pair) for pair in PAIRS],
     }
     rows = {
         (f"sm_{arch}", kernel, dtype)
