@@ -21,7 +21,7 @@ at::Tensor draw_key(const std::optional<at::Generator>& generator, at::Device de
 
 // Whether calls without a key take one from a `keys` context of Python (_keys.py), in this thread.
 bool is_keyed();
-void set_keyed(bool keyed);
+void set_keyed(bool on);
 
 // Sets a key that is undefined to a fresh one as long as this lives; nothing is drawn at p = 1,
 // where nothing is kept under any key.
