@@ -54,7 +54,7 @@ def _fuses(drop: nn.Module, *tensors: Tensor | None) -> bool:
 
 
 def _one_type(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether they are plain tensors on the CPU, where there are kernels, of one dtype."""
+    """Whether they are plain tensors on the CPU, of one dtype."""
     if type(first) not in _PLAIN_TENSORS or not first.is_cpu or not first.is_floating_point():
         return False
     return (

@@ -16,8 +16,8 @@
 #include "../epilogue/affine.h"
 #include "../epilogue/apply_args.h"
 #include "access.cuh"
+#include "decisions.cuh"
 #include "grid.cuh"
-#include "kernels.h"
 
 namespace dropout_ext::cuda {
 
@@ -125,23 +125,6 @@ __device__ __forceinline__ void apply_op(const Op& op, Chunk<T, V, kVector>& x,
       }
     });
   }
-}
-
-struct Keys {
-  KeySource source;
-
-  __device__ __forceinline__ Key of(int64_t slice) const {
-    if (source.device == nullptr) return source.host;
-    return {source.device[2 * slice], source.device[2 * slice + 1]};
-  }
-};
-
-// The keep decisions of a block, lane 0 in the lowest bit.
-__device__ __forceinline__ uint32_t keep_bits(const PhiloxWords& words, uint32_t threshold) {
-  uint32_t bits = 0;
-#pragma unroll
-  for (int j = 0; j < kBlock; ++j) bits |= (lane_word(words, j) >= threshold ? 1u : 0u) << j;
-  return bits;
 }
 
 template <typename T, class Op>

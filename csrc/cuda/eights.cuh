@@ -7,9 +7,9 @@
 
 #include "../epilogue/row_args.h"
 #include "access.cuh"
+#include "decisions.cuh"
 #include "divisor.cuh"
 #include "grid.cuh"
-#include "kernels.h"
 
 namespace dropout_ext::cuda {
 
@@ -97,13 +97,7 @@ class RowKeep {
 
  private:
   __device__ __forceinline__ uint32_t block_bits(uint64_t index) const {
-    const PhiloxWords words = block_words(key_, index / kBlock);
-    uint32_t bits = 0;
-#pragma unroll
-    for (int j = 0; j < kBlock; ++j) {
-      bits |= (lane_word(words, j) >= p_.threshold ? 1u : 0u) << j;
-    }
-    return bits;
+    return keep_bits(block_words(key_, index / kBlock), p_.threshold);
   }
 
   const RowDecisions& p_;

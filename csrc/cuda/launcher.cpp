@@ -39,8 +39,11 @@ KeySource key_source(const at::Tensor& key, c10::Device device, at::Tensor& on_d
   return {{0, 0}, copy};
 }
 
-void set_keys(RowMask& mask, int64_t rows, const at::Tensor& key, const KeySource& source) {
+void set_keys(RowMask& mask, int64_t rows, const at::Tensor& key, c10::Device device,
+              at::Tensor& on_device, CUstream_st* stream) {
   static_assert(sizeof(Key) == 2 * sizeof(uint64_t));
+  if (!key.defined()) return;
+  const KeySource source = key_source(key, device, on_device, stream);
   mask.key = source.host;
   mask.keys = reinterpret_cast<const Key*>(source.device);
   if (key.dim() == 1 || key.size(0) == 1) mask.rows_per_slice = rows;
@@ -61,10 +64,7 @@ void add_norm(RowArgs args, const at::Tensor& key, c10::Device device) {
   const c10::cuda::CUDAGuard guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
   at::Tensor on_device;
-  if (key.defined()) {
-    const KeySource source = key_source(key, device, on_device, stream.stream());
-    set_keys(args.mask, args.rows, key, source);
-  }
+  set_keys(args.mask, args.rows, key, device, on_device, stream.stream());
   if (args.norm != Norm::kNone && args.input_dtype != args.out_dtype) {
     RowArgs sum = args;
     sum.norm = Norm::kNone;
@@ -80,10 +80,7 @@ void add_norm_backward(RowBackwardArgs args, const at::Tensor& key, c10::Device 
   const c10::cuda::CUDAGuard guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
   at::Tensor on_device;
-  if (key.defined()) {
-    const KeySource source = key_source(key, device, on_device, stream.stream());
-    set_keys(args.mask, args.rows, key, source);
-  }
+  set_keys(args.mask, args.rows, key, device, on_device, stream.stream());
   const auto type = args.sum_dtype == Dtype::kFloat64 ? at::kDouble : at::kFloat;
   const auto sums = [&](const void* wanted) {
     return wanted == nullptr ? at::Tensor()
