@@ -37,10 +37,10 @@ def test_the_table_is_complete():
 
 # `make cuda-static` does the same for every architecture.
 @needs_tools
-def test_kernels_of_one_architecture():
+def test_kernels_of_one_architecture(tmp_path):
     table = cuda_static.recorded()
     (apply,) = (kernel for kernel in cuda_static.KERNELS if kernel.name == "apply.cu")
-    rows = cuda_static.measure(90, apply)
+    rows = cuda_static.measure(90, cuda_static.compile_cubin(90, apply, tmp_path))
     assert len(rows) == len(cuda_static.DTYPES)
     for row in rows:
         worse, _ = cuda_static.compare(row, table[cuda_static.identity(row)])
@@ -55,18 +55,28 @@ def test_local_memory_is_noticed(tmp_path):
         " x[0] = a[x[1] & 63]; }\n"
     )
     with pytest.raises(StaticError, match="local memory"):
-        cuda_static.measure(80, source)
+        cuda_static.measure(80, cuda_static.compile_cubin(80, source, tmp_path))
 
 
 def test_spills_are_noticed():
-    ptxas = (
-        "ptxas info    : Compiling entry function 'f' for 'sm_90'\n"
-        "    0 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads\n"
-        "ptxas info    : Used 80 registers\n"
-    )
+    usage = " Function f:\n  REG:80 STACK:8 SHARED:0 LOCAL:0 CONSTANT[0]:360 TEXTURE:0\n"
     with pytest.raises(StaticError, match="local memory"):
-        cuda_static.check_resources(ptxas)
-    assert cuda_static.check_resources(ptxas.replace("4 bytes", "0 bytes")) == {"f": 80}
+        cuda_static.check_resources(usage)
+    assert cuda_static.check_resources(usage.replace("STACK:8", "STACK:0")) == {"f": 80}
+
+
+@needs_tools
+def test_kernels_of_a_built_extension(tmp_path):
+    source, built = tmp_path / "local.cu", tmp_path / "_C.so"
+    source.write_text("__global__ void f(int* x) { x[0] = 1; }\n")
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]
+    cuda_static.output_of(
+        cuda_static.find_tool("nvcc"), *codes, "-shared", "-Xcompiler", "-fPIC", "-o", built, source
+    )
+    cubins = cuda_static.extract_cubins(built, tmp_path)
+    assert {arch for arch, _ in cubins} == {80, 90}
+    for arch, cubin in cubins:
+        assert cuda_static.measure(arch, cubin) == []  # neither flat kernels nor norms
 
 
 # A loop over tiles with a whole and a guarded way, as nvdisasm prints it.

@@ -1,6 +1,6 @@
 """What the compiled CUDA kernels cost, read from their machine code; no GPU is needed.
 
-Compiles csrc/cuda/*.cu for every architecture and demands of every kernel: no spills, no stack, no
+Compiles csrc/cuda/*.cu for every architecture, or takes a built extension, and demands of every kernel: no spills, no stack, no
 local memory; and of the flat kernels: 16-byte accesses alone on the way of a whole tile. That way
 is the loop from a tile to the next, with the cheapest of the activations. Norms have some of 16
 bytes, for the rows that allow them, and their registers are compared. Per eight elements its
@@ -9,7 +9,7 @@ csrc/cuda/static_counts.csv, and more of what limits fails: the ALU, which takes
 instruction every other cycle; the wide multiplies; all instructions, where they are over twice as
 many as the ALU's; registers, where fewer warps fit.
 
-    python tools/cuda_static.py --check [--arch 90 ...]
+    python tools/cuda_static.py --check [--arch 90 ...] [--extension dropout_ext/_C.so]
     python tools/cuda_static.py --update
 """
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TABLE = ROOT / "csrc" / "cuda" / "static_counts.csv"
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
-NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Xptxas", "-v"]  # as setup.py
+NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Werror", "all-warnings"]  # as setup.py
 
 # Mangled template arguments: dtype and bytes of an element.
 DTYPES = {
@@ -78,7 +78,7 @@ def find_tool(name: str) -> str | None:
 
 
 def missing_tools() -> list[str]:
-    return [name for name in ("nvcc", "nvdisasm") if find_tool(name) is None]
+    return [name for name in ("nvcc", "nvdisasm", "cuobjdump") if find_tool(name) is None]
 
 
 def output_of(*command: str | Path) -> str:
@@ -98,20 +98,18 @@ def nvcc_version() -> str:
     return re.search(r"release [\d.]+, V([\d.]+)", output_of(find_tool("nvcc"), "--version"))[1]
 
 
-def check_resources(ptxas: str) -> dict[str, int]:
-    """Registers of each kernel, by mangled name, from `ptxas -v`; an error for any local memory."""
+def check_resources(usage: str) -> dict[str, int]:
+    """Registers of each kernel, by mangled name, from `cuobjdump -res-usage`; an error for any
+    local memory, which is where registers are spilled to."""
     registers = {}
     name = None
-    for line in ptxas.splitlines():
-        if match := re.search(r"Compiling entry function '(\S+)'", line):
+    for line in usage.splitlines():
+        if match := re.match(r"\s*Function (\S+):", line):
             name = match[1]
-        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", line):
-            if (match[1], match[2]) != ("0", "0"):
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+            if (match[2], match[3]) != ("0", "0"):
                 raise StaticError(f"{name} uses local memory: {line.strip()}")
-        elif match := re.search(r"Used (\d+) registers", line):
             registers[name] = int(match[1])
-    if not registers:
-        raise StaticError(f"no kernels in the output of ptxas:\n{ptxas}")
     return registers
 
 
@@ -224,15 +222,27 @@ def check_wide(name: str, body: list[str]) -> None:
             raise StaticError(f"{name} has no {op} of 16 bytes")
 
 
-def measure(arch: int, kernel: Path) -> list[dict]:
-    """One row per flat kernel; an error where any kernel is not as it must be."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        ptxas = output_of(
-            find_tool("nvcc"), *NVCC_FLAGS, f"-arch=sm_{arch}", "-cubin", "-o", cubin, kernel
-        )
-        registers = check_resources(ptxas)
-        bodies = functions(output_of(find_tool("nvdisasm"), "-c", cubin))
+def compile_cubin(arch: int, kernel: Path, folder: Path) -> Path:
+    cubin = folder / f"{kernel.stem}.sm_{arch}.cubin"
+    output_of(find_tool("nvcc"), *NVCC_FLAGS, f"-arch=sm_{arch}", "-cubin", "-o", cubin, kernel)
+    return cubin
+
+
+def extract_cubins(extension: Path, folder: Path) -> list[tuple[int, Path]]:
+    """The machine code in a built extension, with the architecture of each."""
+    tool = find_tool("cuobjdump")
+    subprocess.run([tool, "-xelf", "all", extension.resolve()], cwd=folder, check=True,
+                   stdout=subprocess.DEVNULL)  # fmt: skip
+    return [
+        (int(re.search(r"\.sm_(\d+)\.cubin$", path.name)[1]), path)
+        for path in sorted(folder.glob("*.cubin"))
+    ]
+
+
+def measure(arch: int, cubin: Path) -> list[dict]:
+    """One row per flat kernel and per norm; an error where any kernel is not as it must be."""
+    registers = check_resources(output_of(find_tool("cuobjdump"), "-res-usage", cubin))
+    bodies = functions(output_of(find_tool("nvdisasm"), "-c", cubin)) if registers else {}
     rows = []
     for name, body in bodies.items():
         local = [line for line in body if re.match(r"(LDL|STL)\b", opcode(line))]
@@ -298,14 +308,29 @@ def main() -> int:
     what.add_argument("--check", action="store_true", help="compare with the recorded table")
     what.add_argument("--update", action="store_true", help="write the table")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS)
+    parser.add_argument("--extension", type=Path, metavar="_C.so",
+                        help="read the kernels of this build instead of compiling them")  # fmt: skip
     args = parser.parse_args()
     if missing := missing_tools():
         print(f"not found: {', '.join(missing)}", file=sys.stderr)
         return 2
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            units = [(arch, kernel) for arch in args.arch for kernel in KERNELS]
-            rows = [row for rows in pool.map(measure, *zip(*units, strict=True)) for row in rows]
+        with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
+            folder = Path(name)
+
+            def compile_and_measure(arch, kernel):
+                return measure(arch, compile_cubin(arch, kernel, folder))
+
+            if args.extension:
+                found = extract_cubins(args.extension, folder)
+                units = [unit for unit in found if unit[0] in args.arch]
+                if absent := set(args.arch) - {arch for arch, _ in units}:
+                    raise StaticError(f"{args.extension} has no kernels for {sorted(absent)}")
+                task = measure
+            else:
+                units = [(arch, kernel) for arch in args.arch for kernel in KERNELS]
+                task = compile_and_measure
+            rows = [row for rows in pool.map(task, *zip(*units, strict=True)) for row in rows]
     except StaticError as error:
         print(error, file=sys.stderr)
         return 1

@@ -11,6 +11,8 @@
 //                along the dimension where the element index is contiguous
 #pragma once
 
+#include <algorithm>
+
 #include "../epilogue/activation.h"
 #include "../epilogue/add.h"
 #include "../epilogue/affine.h"
@@ -28,7 +30,7 @@ namespace dropout_ext::cuda {
 template <template <class> class Functor, int inputs>
 struct One {
   static constexpr int kInputs = inputs;
-  static constexpr int kMinBlocks = inputs == 1 ? 5 : 3;
+  static constexpr int kMinBlocks = inputs == 1 ? std::min(5, kMaxBlocks) : 3;
 
   template <class V>
   struct Of {
