@@ -1,8 +1,9 @@
 """What the compiled CUDA kernels cost, read from their machine code; no GPU is needed.
 
-Compiles csrc/cuda/*.cu for every architecture, or takes a built extension, and demands of every kernel: no spills, no stack, no
-local memory; and of the flat kernels: 16-byte accesses alone on the way of a whole tile. That way
-is the loop from a tile to the next, with the cheapest of the activations. Norms have some of 16
+Compiles csrc/cuda/*.cu for every architecture, or takes a built extension, and demands of every
+kernel: no stack and no local memory, so no spills; and of the flat kernels: 16-byte accesses alone
+on the way of a whole tile. That way is the loop from a tile to the next, with the cheapest of the
+activations. Norms have some of 16
 bytes, for the rows that allow them, and their registers are compared. Per eight elements its
 instructions, those of them for the ALU and its wide multiplies are compared with
 csrc/cuda/static_counts.csv, and more of what limits fails: the ALU, which takes a warp's
@@ -309,7 +310,7 @@ def main() -> int:
     what.add_argument("--update", action="store_true", help="write the table")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS)
     parser.add_argument("--extension", type=Path, metavar="_C.so",
-                        help="read the kernels of this build instead of compiling them")  # fmt: skip
+                        help="read this build's kernels instead of compiling them")  # fmt: skip
     args = parser.parse_args()
     if missing := missing_tools():
         print(f"not found: {', '.join(missing)}", file=sys.stderr)
