@@ -36,7 +36,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help build test fuzz sanitize bench bench-compare stats plots demo lint format cuda-build \
-  cuda-static gpu-check dist clean distclean tidy
+  cuda-static gpu-check wheel dist clean distclean tidy
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,7 +52,7 @@ $(INSTALLED): requirements-dev.txt requirements-test.txt
 $(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*/*)
 	@mkdir -p build && touch build/.started  # an edit during the build is newer than the stamp
 	@echo "building the extension (log: build/build.log)"
-	@$(PY) setup.py -q build_ext --inplace --force >build/build.log 2>&1 || { cat build/build.log; exit 1; }
+	@$(PY) setup.py -q build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }
 	@rm -f build/.built*; mv build/.started $@
 
 compile_commands.json: $(BUILT) ## how each source is compiled, for editors and clang-tidy
@@ -131,16 +131,25 @@ cuda-build: ## build, import and test the CUDA extension as far as that goes wit
 cuda-static: build ## compile the kernels for every architecture; compare their instruction counts
 	$(PY) tools/cuda_static.py --check $(ARGS)
 
-dist: build ## sdist and a wheel made from it, installed apart and checked; tests run from the sdist
+# torch's own libraries, and CUDA's, are those of the torch that is installed beside the wheel.
+wheel: build ## sdist, and from it a wheel named for its torch; installed and checked in a new environment
 	@rm -rf build/dist && mkdir -p build
 	@echo "building sdist and wheel (log: build/dist.log)"
-	@$(PY) -m build --no-isolation --outdir build/dist . >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
-	$(PY) -m pip install -q --no-deps --target build/dist/site build/dist/*.whl
-	cd build/dist/site && $(abspath $(PY)) -m dropout_ext
-	tar -C build/dist -xf build/dist/*.tar.gz
+	@{ $(PY) -m build --no-isolation --sdist --outdir build/dist . && \
+	  tar -C build/dist -xf build/dist/*.tar.gz && \
+	  DROPOUT_EXT_WHEEL=1 $(PY) -m build --no-isolation --wheel --outdir build/dist build/dist/dropout_ext-*/; \
+	  } >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
+	PATH="$(abspath $(VENV))/bin:$$PATH" auditwheel -q repair --wheel-dir build/dist/wheel \
+	  --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' build/dist/*.whl
+	$(PYTHON) -m venv build/dist/env
+	build/dist/env/bin/pip install -q "$(TORCH)" numpy build/dist/wheel/*.whl
+	cd build/dist/env && bin/dropout-ext
+	@ls build/dist/wheel/*.whl
+
+dist: wheel ## the wheel, and the tests of the sdist, which must be complete
 	@git ls-files | (cd build/dist/dropout_ext-*/ && xargs ls -d >/dev/null) || \
 	  { echo "make dist: MANIFEST.in leaves these files out of the sdist"; exit 1; }
-	cp build/dist/site/dropout_ext/_C*.so build/dist/dropout_ext-*/dropout_ext/
+	cp build/dist/env/lib/python*/site-packages/dropout_ext/_C*.so build/dist/dropout_ext-*/dropout_ext/
 	cd build/dist/dropout_ext-*/ && $(abspath $(PY)) -m pytest -q --collect-only >/dev/null
 	cd build/dist/dropout_ext-*/ && $(abspath $(PY)) -m pytest -q --timeout=300 tests/test_docs.py $(ARGS)
 

@@ -5,6 +5,8 @@ Environment:
   TORCH_CUDA_ARCH_LIST  for example "8.0;9.0+PTX"; unset: the GPUs at hand, or else ARCHS below
   DROPOUT_EXT_WERROR    1 makes warnings in our sources errors
   DROPOUT_EXT_DEBUG     1 compiles the host code for a debugger: not optimised, with symbols
+  DROPOUT_EXT_WHEEL     1 puts torch and CUDA into the version, for a wheel that is handed on
+                        (make wheel): 0.1.0+torch2.13.cu130
   DROPOUT_EXT_SANITIZE  for example "address,undefined": checks the extension while it runs; for
                         Python to load it, preload the runtime of the sanitizer (make sanitize)
 """
@@ -21,8 +23,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
-TORCH_MIN, TORCH_BELOW = (2, 11), (2, 14)
-TORCH_RANGE = "torch>={}.{},<{}.{}".format(*TORCH_MIN, *TORCH_BELOW)
+# The oldest that works; the newest that the tests pass with, beyond which it may.
+TORCH_MIN, TORCH_TESTED = (2, 11), (2, 14)
+TORCH_RANGE = "torch>={}.{}".format(*TORCH_MIN)
 ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 NEEDS_TORCH = (
     f"dropout_ext is compiled against the torch that it will run with: install {TORCH_RANGE} "
@@ -104,8 +107,15 @@ def with_torch(torch) -> dict:
     if sys.platform != "linux":
         sys.exit(f"dropout_ext is built on Linux, not on {sys.platform}")
     release = tuple(map(int, re.match(r"(\d+)\.(\d+)", torch.__version__).groups()))
-    if not TORCH_MIN <= release < TORCH_BELOW:
+    if release < TORCH_MIN:
         sys.exit(f"{NEEDS_TORCH} (installed: torch {torch.__version__})")
+    tested = "{}.{} to {}.{}".format(*TORCH_MIN, *TORCH_TESTED)
+    if release > TORCH_TESTED:
+        print(
+            f"warning: dropout_ext is tested with torch {tested}; this is {torch.__version__}. "
+            "Run `python -m dropout_ext` when it is installed",
+            file=sys.stderr,
+        )
 
     cuda_home = cuda_toolkit(torch)
     if cuda_home:
@@ -114,7 +124,10 @@ def with_torch(torch) -> dict:
 
     # The torch version is on the command line so that another torch recompiles everything: ninja
     # does not track system headers.
-    macros = [("DROPOUT_EXT_TORCH_VERSION", f'"{torch.__version__}"')]
+    macros = [
+        ("DROPOUT_EXT_TORCH_VERSION", f'"{torch.__version__}"'),
+        ("DROPOUT_EXT_TORCH_TESTED", f'"{tested}"'),
+    ]
     files = sources("csrc/operator/*.cpp", "csrc/cpu/*.cpp", "csrc/attention/*.cpp")
     if cuda_home:
         gpus = range(torch.cuda.device_count())
@@ -148,7 +161,18 @@ def with_torch(torch) -> dict:
         cxx_flags += ["-O1", "-g"]
 
     class BuildExt(cpp.BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # Whether anything is to be compiled is for ninja to say, which also sees another torch.
+            self.force = True
+
         def build_extensions(self):
+            compiler = self.compiler.compiler_cxx[0]
+            if shutil.which(compiler) is None:
+                sys.exit(
+                    f"dropout_ext is compiled by a C++20 compiler (GCC 11 or newer, or clang 14 or "
+                    f"newer), and {compiler} was not found: install it, or set CXX to another one"
+                )
             (extension,) = self.extensions
             version = f'"{self.distribution.get_version()}"'
             extension.define_macros.append(("DROPOUT_EXT_VERSION", version))
@@ -173,7 +197,12 @@ def with_torch(torch) -> dict:
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
         extra_link_args=link_flags,
     )
+    options = {}
+    if os.environ.get("DROPOUT_EXT_WHEEL") == "1":
+        cuda = f"cu{torch.version.cuda.replace('.', '')}" if cuda_home else "cpu"
+        options["egg_info"] = {"tag_build": "+torch{}.{}.{}".format(*release, cuda)}
     return {
+        "options": options,
         "ext_modules": [extension],
         "cmdclass": {"build_ext": BuildExt},
         # torch's C++ interface changes with every minor version, so a wheel belongs to one.

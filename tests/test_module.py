@@ -139,6 +139,7 @@ def test_build_info():
         "version",
         "mask_contract",
         "torch",
+        "torch_tested",
         "cuda",
         "cuda_version",
         "cuda_archs",

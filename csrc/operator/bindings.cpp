@@ -90,6 +90,7 @@ py::dict build_info() {
   info["version"] = DROPOUT_EXT_VERSION;
   info["mask_contract"] = kMaskContractVersion;
   info["torch"] = DROPOUT_EXT_TORCH_VERSION;
+  info["torch_tested"] = DROPOUT_EXT_TORCH_TESTED;
 #ifdef __clang__
   info["compiler"] = "clang " __clang_version__;
 #elif defined(__GNUC__)
