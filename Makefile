@@ -1,30 +1,50 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_CUDA ?= torch==2.11.0
+TORCH_NEWEST ?= torch==2.14.1
 VENV ?= .venv
 VENV_CUDA ?= .venv-cuda
 ARGS ?=
 CALLS ?= 20000
 
 PY := $(VENV)/bin/python
-PY_CUDA := $(abspath $(VENV_CUDA))/bin/python
 # Stamps carry the torch they stand for, so that TORCH=... installs and builds anew.
 INSTALLED := $(VENV)/.installed-$(subst /,-,$(subst =,-,$(TORCH)))
-INSTALLED_CUDA := $(VENV_CUDA)/.installed-$(subst /,-,$(subst =,-,$(TORCH_CUDA)))
 BUILT := build/.built$(if $(filter 1,$(DROPOUT_EXT_DEBUG)),-debug)
 CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-# What a CUDA build without a GPU can show of itself, and the oldest torch of what differs between
-# versions; `make test` runs everything.
-CUDA_BUILD_TESTS = $(foreach t,operator keys module family errors layouts functorch autograd \
+# What a CUDA build without a GPU can show of itself, and what differs between versions of torch;
+# `make test` runs everything.
+VERSION_TESTS = $(foreach t,operator keys module family errors layouts functorch autograd \
   checkpoint compile seeds modes amp interop monte_carlo distributed fused compat,tests/test_$(t).py)
 # What calls the extension in every way, in minutes.
 SANITIZE_TESTS = $(foreach t,operator layouts errors keys fuzz,tests/test_$(t).py)
+# A file in a process of its own at a time; four need not more than 8 GB of memory.
+IN_PARALLEL = -n auto --maxprocesses 4 --dist loadfile
 QUICK_FLAG = $(if $(filter-out 0,$(QUICK)),--quick)
 
 # Into a directory whose build/ stays: an extension built there leaves the one of `make build` alone.
 define copy-sources
 mkdir -p $(1) && find $(1) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 git ls-files -co --exclude-standard -z | tar --null -T - --ignore-failed-read -cf - | tar -C $(1) -xf -
+endef
+# A torch of its CUDA build, $(2), in the environment $(1). pip remarks that Triton and the CUDA
+# bindings are missing; nothing here uses them.
+define install-linked
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install -q packaging
+$(1)/bin/python -m pip install -q --no-deps "$(2)"
+$(1)/bin/python tools/cuda_requirements.py > $(1)/requirements.txt
+$(1)/bin/python -m pip install -q -r $(1)/requirements.txt -r requirements-test.txt
+endef
+# In the folder $(1), with the environment $(2), with CUDA or not ($(3)).
+define build-and-test
+$(call copy-sources,$(1))
+@echo "building the extension in $(1) (log: $(1).log)"
+@cd $(1) && DROPOUT_EXT_CUDA=$(3) $(abspath $(2))/bin/python setup.py -q build_ext --inplace \
+  >../$(notdir $(1)).log 2>&1 || { cat ../$(notdir $(1)).log; exit 1; }
+cd $(1) && $(abspath $(2))/bin/python -m dropout_ext
+cd $(1) && $(abspath $(2))/bin/python -m pytest --timeout=600 $(IN_PARALLEL) \
+  -m "not cuda and not slow" $(VERSION_TESTS) $(ARGS)
 endef
 # The runtime comes before everything else in the process; the C++ library with it, whose exceptions
 # it watches. Python and torch end without freeing all that they hold, so leaks are for tests to find.
@@ -36,7 +56,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help build test fuzz sanitize bench bench-compare stats plots demo lint format cuda-build \
-  cuda-static gpu-check wheel dist clean distclean tidy
+  cuda-static newest gpu-check wheel dist clean distclean tidy
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,7 +88,7 @@ tidy: compile_commands.json ## clang-tidy (of the system), on all but the CUDA s
 	  xargs -P $$(nproc) -n 1 clang-tidy -p build/tidy --quiet
 
 test: build ## run the tests; ARGS="-k name" narrows them
-	$(PY) -m pytest --timeout=300 $(ARGS)
+	$(PY) -m pytest --timeout=600 $(IN_PARALLEL) $(ARGS)
 
 fuzz: build ## random calls against the reference, other ones every time; CALLS=<how many>
 	DROPOUT_EXT_FUZZ=$(CALLS) $(PY) -m pytest tests/test_fuzz.py $(ARGS)
@@ -79,7 +99,7 @@ sanitize: $(INSTALLED) ## build the extension with sanitizers, apart, and run th
 	@cd build/sanitized && DROPOUT_EXT_CUDA=0 DROPOUT_EXT_SANITIZE=address,undefined $(abspath $(PY)) \
 	  setup.py -q build_ext --inplace >../sanitize.log 2>&1 || { cat ../sanitize.log; exit 1; }
 	cd build/sanitized && $(SANITIZED_ENV) $(abspath $(PY)) -m pytest -p no:cacheprovider \
-	  --timeout=300 -m "not slow" $(SANITIZE_TESTS) $(ARGS)
+	  --timeout=600 $(IN_PARALLEL) -m "not slow" $(SANITIZE_TESTS) $(ARGS)
 
 bench: build ## measure against nn.Dropout; QUICK=1 in under a minute
 	$(PY) -m benchmarks $(QUICK_FLAG) $(ARGS)
@@ -107,26 +127,15 @@ format: $(INSTALLED) ## let ruff and clang-format rewrite the sources
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
-# pip remarks that Triton and the CUDA bindings are missing; nothing here uses them.
-$(INSTALLED_CUDA): requirements-test.txt tools/cuda_requirements.py
-	test -x $(PY_CUDA) || $(PYTHON) -m venv $(VENV_CUDA)
-	$(PY_CUDA) -m pip install -q packaging
-	$(PY_CUDA) -m pip install -q --no-deps "$(TORCH_CUDA)"
-	$(PY_CUDA) tools/cuda_requirements.py > $(VENV_CUDA)/requirements.txt
-	$(PY_CUDA) -m pip install -q -r $(VENV_CUDA)/requirements.txt -r requirements-test.txt
-	@rm -f $(VENV_CUDA)/.installed-*; touch $@
-
 cuda-build: ## build, import and test the CUDA extension as far as that goes without a GPU
 	@command -v nvcc >/dev/null || test -x "$$CUDA_HOME/bin/nvcc" || \
 	  { echo "make cuda-build: nvcc was not found; install the CUDA toolkit and put nvcc on PATH or set CUDA_HOME"; exit 1; }
-	@$(MAKE) --no-print-directory $(INSTALLED_CUDA)
-	$(call copy-sources,build/with-cuda)
-	@echo "building the CUDA extension (log: build/cuda-build.log)"
-	@cd build/with-cuda && DROPOUT_EXT_CUDA=1 $(PY_CUDA) setup.py -q build_ext --inplace \
-	  >../cuda-build.log 2>&1 || { cat ../cuda-build.log; exit 1; }
-	cd build/with-cuda && $(PY_CUDA) -m dropout_ext
-	cd build/with-cuda && $(PY_CUDA) -m pytest --timeout=300 -m "not cuda and not slow" \
-	  $(CUDA_BUILD_TESTS) $(ARGS)
+	$(call install-linked,$(VENV_CUDA),$(TORCH_CUDA))
+	$(call build-and-test,build/with-cuda,$(VENV_CUDA),1)
+
+newest: ## build and test with the newest torch, without CUDA
+	$(call install-linked,.venv-newest,$(TORCH_NEWEST))
+	$(call build-and-test,build/with-newest,.venv-newest,0)
 
 cuda-static: build ## compile the kernels for every architecture; compare their instruction counts
 	$(PY) tools/cuda_static.py --check $(ARGS)
@@ -151,7 +160,7 @@ dist: wheel ## the wheel, and the tests of the sdist, which must be complete
 	  { echo "make dist: MANIFEST.in leaves these files out of the sdist"; exit 1; }
 	cp build/dist/env/lib/python*/site-packages/dropout_ext/_C*.so build/dist/dropout_ext-*/dropout_ext/
 	cd build/dist/dropout_ext-*/ && $(abspath $(PY)) -m pytest -q --collect-only >/dev/null
-	cd build/dist/dropout_ext-*/ && $(abspath $(PY)) -m pytest -q --timeout=300 tests/test_docs.py $(ARGS)
+	cd build/dist/dropout_ext-*/ && $(abspath $(PY)) -m pytest -q --timeout=600 tests/test_docs.py $(ARGS)
 
 gpu-check: ## on a machine with a GPU: build, test and measure with what is installed there
 	$(PYTHON) tools/gpu_check.py $(ARGS)
@@ -162,4 +171,4 @@ clean: ## remove what was built
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the virtual environments too
-	rm -rf $(VENV) $(VENV_CUDA)
+	rm -rf $(VENV) $(VENV_CUDA) .venv-newest

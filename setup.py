@@ -158,7 +158,7 @@ def with_torch(torch) -> dict:
     if sanitizers := os.environ.get("DROPOUT_EXT_SANITIZE"):
         link_flags = [f"-fsanitize={sanitizers}"]
         cxx_flags += [*link_flags, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-        cxx_flags += ["-O1", "-g"]
+        cxx_flags += ["-O1", "-g", "-fno-var-tracking"]
 
     class BuildExt(cpp.BuildExtension):
         def finalize_options(self):

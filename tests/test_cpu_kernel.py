@@ -1,24 +1,43 @@
-"""The native test of the CPU kernel, under sanitizers and on another architecture."""
+"""The native tests of the CPU kernels, under sanitizers and on another architecture."""
 
 import shutil
 
 import pytest
-from helpers import CXX, HOST_FLAGS, KNOWN_ANSWERS, SANITIZED, compile_native, run
+from helpers import CXX, HOST_FLAGS, KNOWN_ANSWERS, SANITIZED, compile_native, compile_objects, run
 
-CPU = ["csrc/cpu/dispatch.cpp", "csrc/cpu/kernel_portable.cpp", "csrc/cpu/plan.cpp"]
+VARIANTS = ["avx512", "avx2", "portable"]
+PORTABLE = ["csrc/cpu/dispatch.cpp", "csrc/cpu/kernel_portable.cpp"]
 X86 = ["csrc/cpu/kernel_avx2.cpp", "csrc/cpu/kernel_avx512.cpp"]
-TEST = "tests/native/test_cpu_kernel.cpp"
+APPLY = ["tests/native/test_cpu_kernel.cpp", "csrc/cpu/plan.cpp"]
+ATTENTION = ["dispatch", *(f"kernel_{variant}" for variant in VARIANTS)]
+SOURCES = {
+    "apply": APPLY,
+    "attention": [
+        "tests/native/test_attention.cpp",
+        *(f"csrc/attention/{name}.cpp" for name in ATTENTION),
+    ],
+}
 AARCH64 = "aarch64-linux-gnu-g++"
+
+needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"{CXX} was not found")
 
 
 @pytest.fixture(scope="module")
-def binary(tmp_path_factory):
-    target = tmp_path_factory.mktemp("native") / "cpu_kernel"
-    return compile_native(target, [TEST, *CPU, *X86], SANITIZED)
+def kernels(tmp_path_factory):
+    """The objects that both programs share, which take most of the time to compile."""
+    folder = tmp_path_factory.mktemp("kernels")
+    return compile_objects(f"{folder}/", [*PORTABLE, *X86], SANITIZED)
 
 
-@pytest.mark.skipif(shutil.which(CXX) is None, reason=f"{CXX} was not found")
-@pytest.mark.parametrize("variant", ["avx512", "avx2", "portable"])
+@pytest.fixture(scope="module", params=SOURCES)
+def binary(request, kernels, tmp_path_factory):
+    target = tmp_path_factory.mktemp("native") / request.param
+    return compile_native(target, SOURCES[request.param], SANITIZED, objects=kernels)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_variant(binary, variant):
     if variant not in run(binary, "list").split():
         pytest.skip(f"{variant} is not available on this CPU")
@@ -35,6 +54,6 @@ def test_aarch64(tmp_path):
         tmp_path / "contract", ["tests/native/test_contract.cpp"], flags, compiler=AARCH64
     )
     assert run("qemu-aarch64", contract, KNOWN_ANSWERS) == "ok\n"
-    kernel = compile_native(tmp_path / "kernel", [TEST, *CPU], flags, compiler=AARCH64)
+    kernel = compile_native(tmp_path / "kernel", [*APPLY, *PORTABLE], flags, compiler=AARCH64)
     output = run("qemu-aarch64", kernel, DROPOUT_EXT_CPU_VARIANT="portable")
     assert output == "portable ok\n"
