@@ -117,9 +117,11 @@ plots: build ## draw the pictures from the measured CSV files
 demo: build ## run the examples
 	$(PY) -m examples $(ARGS)
 
-lint: $(INSTALLED) ## ruff and clang-format, changing nothing
+lint: $(INSTALLED) ## ruff, clang-format, mypy and pyright, changing nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pyright --pythonpath $(PY)
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(INSTALLED) ## let ruff and clang-format rewrite the sources
@@ -153,6 +155,7 @@ wheel: build ## sdist, and from it a wheel named for its torch; installed and ch
 	$(PYTHON) -m venv build/dist/env
 	build/dist/env/bin/pip install -q "$(TORCH)" numpy build/dist/wheel/*.whl
 	cd build/dist/env && bin/dropout-ext
+	@ls build/dist/env/lib/python*/site-packages/dropout_ext/py.typed >/dev/null
 	@ls build/dist/wheel/*.whl
 
 dist: wheel ## the wheel, and the tests of the sdist, which must be complete
@@ -166,8 +169,8 @@ gpu-check: ## on a machine with a GPU: build, test and measure with what is inst
 	$(PYTHON) tools/gpu_check.py $(ARGS)
 
 clean: ## remove what was built
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache compile_commands.json .hypothesis .benchmarks
-	rm -f dropout_ext/*.so dropout_ext/*.pyd
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -f compile_commands.json dropout_ext/*.so dropout_ext/*.pyd
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the virtual environments too

@@ -49,7 +49,7 @@ def checks() -> Iterator[tuple[str, bool]]:
 
 def main() -> int:
     info = build_info()
-    print(f"dropout_ext {info.pop('version')}, mask contract {info.pop('mask_contract')}")
+    print(f"dropout_ext {info['version']}, mask contract {info['mask_contract']}")
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"built for torch {info['torch']} by {info['compiler']}; tested: {info['torch_tested']}")
     cuda = f"{info['cuda_version']} for {', '.join(info['cuda_archs'])}" if info["cuda"] else "no"

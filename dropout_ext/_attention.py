@@ -2,23 +2,35 @@
 them, and the same composed of differentiable operators.
 """
 
+from __future__ import annotations
+
 import contextlib
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from . import _draw, _geometry, _ops
 from ._call import is_dtensor
-from ._ops import ops
+from ._ops import InDims, ops
+
+if TYPE_CHECKING:
+    from torch._functorch.autograd_function import VmapInfo
 
 _library = torch.library.Library("dropout_ext", "FRAGMENT")
 
+Sizes = tuple[int, ...]
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
 
 def attention(
-    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, dropout_key, generator
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float,
+    is_causal: bool, scale: float | None, enable_gqa: bool, dropout_key: Tensor | None,
+    generator: torch.Generator | None,
+) -> Tensor:  # fmt: skip
     """softmax(query @ key^T * scale + attn_mask), dropped from by 0 < dropout_p <= 1, @ value."""
     arguments = (query, key, value, attn_mask)
     device = query.device.type
@@ -39,32 +51,40 @@ def attention(
         heads = _as_heads(query, key, value, weights)
     rest = (attn_mask, dropout_key, dropout_p, is_causal, scale)
     with torch.autocast(device, enabled=False) if _casts(device) else contextlib.nullcontext():
-        return ops.attention(*heads, *rest)[0] if heads else compose(query, key, value, *rest)
+        out: Tensor = (
+            ops.attention(*heads, *rest)[0] if heads else compose(query, key, value, *rest)
+        )
+        return out
 
 
 def _casts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def cast(device: str, tensors):
+def cast(device: str, tensors: Tensors) -> Tensors:
     """The tensors as autocast, where it is on, gives them to PyTorch's operator: all floats but
     float64 in its dtype.
     """
     if not _casts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
+    given: tuple[Any, ...] = tensors
+    query, key, value, attn_mask = [
         t.to(dtype)
         if isinstance(t, Tensor)
         and t.is_floating_point()
         and t.dtype != torch.float64
         and t.device.type == device
         else t
-        for t in tensors
-    )
+        for t in given
+    ]
+    return query, key, value, attn_mask
 
 
-def accepts(query, key, value, attn_mask, is_causal, scale, enable_gqa) -> bool:
+def accepts(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool,
+    scale: float | None, enable_gqa: bool,
+) -> bool:  # fmt: skip
     """Whether PyTorch's math path would take the arguments, tensors that are strided and real."""
     tensors = (query, key, value)
     dtype, device = query.dtype, query.device
@@ -109,7 +129,7 @@ def accepts(query, key, value, attn_mask, is_causal, scale, enable_gqa) -> bool:
     return _broadcast(weights, tuple(attn_mask.shape)) == weights  # it may not enlarge them
 
 
-def _broadcast(a, b):
+def _broadcast(a: Sizes, b: Sizes) -> Sizes | None:
     """The shape that `a` and `b` broadcast to, None if they do not."""
     n = max(len(a), len(b))
     shape = []
@@ -120,7 +140,10 @@ def _broadcast(a, b):
     return tuple(shape)
 
 
-def _raise(query, key, value, attn_mask, is_causal, scale, enable_gqa):
+def _raise(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool,
+    scale: float | None, enable_gqa: bool,
+) -> NoReturn:  # fmt: skip
     """The error that PyTorch has for the arguments."""
     # Without dropout: with it, shapes are looked at after the draw.
     F.scaled_dot_product_attention(
@@ -133,7 +156,7 @@ def _raise(query, key, value, attn_mask, is_causal, scale, enable_gqa):
     )
 
 
-def _check_key(dropout_key, query, weights):
+def _check_key(dropout_key: Tensor, query: Tensor, weights: Sizes) -> None:
     shape, first = tuple(dropout_key.shape), (*weights, query.size(-2))[0]
     if dropout_key.dtype not in (torch.uint64, torch.int64):
         raise TypeError(
@@ -153,15 +176,17 @@ def _check_key(dropout_key, query, weights):
         )
 
 
-def _weights_batch(query, key, enable_gqa):
+def _weights_batch(query: Tensor, key: Tensor, enable_gqa: bool) -> Sizes:
     """The batch dimensions of the weights, heads among them."""
     batch = tuple(key.shape[:-2])
     if enable_gqa:
         batch = (*batch[:-1], query.size(-3))
-    return _broadcast(tuple(query.shape[:-2]), batch)
+    return _broadcast(tuple(query.shape[:-2]), batch) or ()
 
 
-def _as_heads(query, key, value, weights):
+def _as_heads(
+    query: Tensor, key: Tensor, value: Tensor, weights: Sizes
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """The three with as many dimensions and all batch dimensions but the heads spelled out, None
     where the operator does not take them.
     """
@@ -174,7 +199,7 @@ def _as_heads(query, key, value, weights):
     return _expand(query, weights), _expand(key, batch), _expand(value, batch)
 
 
-def _expand(tensor, batch):
+def _expand(tensor: Tensor, batch: Sizes) -> Tensor:
     # Without a node in the graph where that changes nothing.
     if tuple(tensor.shape[:-2]) == batch:
         return tensor
@@ -188,12 +213,13 @@ def math_path_flags() -> tuple[bool, bool]:
 
 
 # Dynamo cannot trace the flags. torch.compiler.assume_constant_result does this, and loads Dynamo.
-math_path_flags._dynamo_marked_constant = True
+math_path_flags._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def compose(
-    query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale=None, batched=False
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_key: Tensor,
+    dropout_p: float, is_causal: bool, scale: float | None = None, *, batched: bool = False,
+) -> Tensor:  # fmt: skip
     """As aten::_scaled_dot_product_attention_math: 16-bit types in float32, rounded at the end.
 
     batched: dimension 0 of the weights is that of the examples of vmap, which share a mask, or have
@@ -203,12 +229,12 @@ def compose(
     if dtype in (torch.float16, torch.bfloat16) and not math_path_flags()[1]:
         query, key, value = query.float(), key.float(), value.float()
     key, value = (_repeat_heads(t, query) for t in (key, value))
-    if scale is None:
-        scale = max(query.size(-1), 1) ** -0.5  # over no dimension all scores are 0, whatever scale
+    # Over no dimension all scores are 0, whatever the factor.
+    factor: float = max(query.size(-1), 1) ** -0.5 if scale is None else scale
     if is_causal:
         attn_mask = query.new_ones(query.size(-2), key.size(-2), dtype=torch.bool).tril()
     # Scaling the product would be a pass over a larger tensor.
-    scores = (query * scale) @ key.transpose(-2, -1)
+    scores = (query * factor) @ key.transpose(-2, -1)
     if attn_mask is None:
         weights = scores.softmax(-1)
     else:
@@ -220,15 +246,16 @@ def compose(
         weights = torch.ops.aten._safe_softmax((scores + attn_mask).to(scores.dtype), -1)
     keep_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
     # Sizes are tensors under torch.jit.trace, which no list of integers takes.
-    traced = not is_dynamo_compiling() and torch.jit.is_tracing()
+    traced = not is_dynamo_compiling() and is_tracing()
     strides = [] if traced else _geometry.row_major(weights.shape)
     if batched:
         strides[0] = 0
     dropped = ops.apply(weights, dropout_key, dropout_p, keep_scale, strides, 0)
-    return (dropped @ value).to(dtype)
+    out: Tensor = (dropped @ value).to(dtype)
+    return out
 
 
-def _repeat_heads(tensor, query):
+def _repeat_heads(tensor: Tensor, query: Tensor) -> Tensor:
     if tensor.dim() < 3 or query.dim() < 3 or tensor.size(-3) in (1, query.size(-3)):
         return tensor
     groups = query.size(-3) // tensor.size(-3)
@@ -238,9 +265,11 @@ def _repeat_heads(tensor, query):
 _library.impl("attention_composed", compose, "CompositeImplicitAutograd")
 
 
-@torch.library.register_fake("dropout_ext::attention")
-def _(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale):
-    def new_output():
+def _attention_shape(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_key: Tensor,
+    dropout_p: float, is_causal: bool, scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def new_output() -> Tensor:
         shape = [*query.shape[:-1], value.size(-1)]
         if len(shape) != 4 or query.stride(1) >= query.stride(2):
             return query.new_empty(shape)
@@ -251,18 +280,26 @@ def _(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale):
     return new_output(), remainder, query.new_empty((*query.shape[:-1], 2), dtype=sums)
 
 
-@torch.library.register_fake("dropout_ext::attention_backward")
-def _(grad, query, key, value, *saved):
+def _backward_shape(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *saved: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+torch.library.register_fake("dropout_ext::attention", _attention_shape)
+torch.library.register_fake("dropout_ext::attention_backward", _backward_shape)
 
 
 # vmap: of what it is composed of, one key being one mask for all examples.
 
 
-def _batched(info, in_dims, query, key, value, attn_mask, dropout_key, *rest):
+def _batched(
+    info: VmapInfo, in_dims: InDims, query: Tensor, key: Tensor, value: Tensor,
+    attn_mask: Tensor | None, dropout_key: Tensor, *rest: Any,
+) -> tuple[Tensor, int]:  # fmt: skip
+    given: tuple[Any, ...] = (query, key, value, attn_mask, dropout_key)
     tensors = [
-        t if dim is None else t.movedim(dim, 0)
-        for t, dim in zip((query, key, value, attn_mask, dropout_key), in_dims, strict=False)
+        t if dim is None else t.movedim(dim, 0) for t, dim in zip(given, in_dims, strict=False)
     ]
     if dropout_key.dim() == (2 if in_dims[4] is None else 3):
         # Keys for the slices of every example: one call per example.
@@ -281,7 +318,9 @@ def _batched(info, in_dims, query, key, value, attn_mask, dropout_key, *rest):
     return compose(*tensors, *rest), 0
 
 
-def _batched_attention(info, in_dims, query, *arguments):
+def _batched_attention(
+    info: VmapInfo, in_dims: InDims, query: Tensor, *arguments: Any
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, None, None]]:
     out, dim = _batched(info, in_dims, query, *arguments)
     return (out, query.new_empty(0), query.new_empty(0)), (dim, None, None)
 

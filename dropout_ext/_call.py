@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from . import _C, _draw, _geometry, _ops
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Call(NamedTuple):
@@ -70,7 +74,7 @@ def scale_of(p: float) -> float:
 def apply(input: Tensor, key: Tensor, call: Call) -> Tensor:
     """The operator under this key."""
     scale = scale_of(call.p) if call.scale is None else call.scale
-    if not is_dynamo_compiling() and torch.jit.is_tracing():
+    if not is_dynamo_compiling() and is_tracing():
         # Sizes are tensors there, which no list of integers takes.
         strides = [int(stride) for stride in call.mask_strides or ()]
     else:
@@ -78,7 +82,8 @@ def apply(input: Tensor, key: Tensor, call: Call) -> Tensor:
         strides = call.mask_strides or _geometry.row_major(input.shape)
     rest = (key, call.p, scale, strides, call.mask_offset, call.bias, call.dropped)
     if not call.inplace:
-        return _ops.ops.apply(input, *rest)
+        out: Tensor = _ops.ops.apply(input, *rest)
+        return out
     if _draw.is_traced(input):
         return input.copy_(_ops.ops.apply(input, *rest))
     _ops.ops.apply_(input, *rest)
@@ -154,7 +159,7 @@ def _is_empty(input: Tensor) -> bool:
     return statically_known_true(numel == 0)
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor | None) -> TypeGuard[DTensor]:
     # By name: the class would load torch.distributed.tensor, a second.
     return any(
         base.__name__ == "DTensor" and base.__module__.startswith("torch.distributed.")

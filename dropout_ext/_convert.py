@@ -1,7 +1,8 @@
 """The dropout modules of a model turned into ours and back."""
 
 import inspect
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from .compat import flash_attn
 
 __all__ = ["DropoutSummary", "SummaryRow", "convert", "dropout_summary", "revert"]
 
-_OURS = {
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Dropout: modules.Dropout,
     nn.Dropout1d: modules.Dropout1d,
     nn.Dropout2d: modules.Dropout2d,
@@ -67,8 +68,10 @@ def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
     for module in _modules("convert", model):
         if _obstacle(module) is None and type(module) in _OURS:
             module.__class__ = _OURS[type(module)]
-        if fuse and _obstacle(module) is None and (kind := _fuse.fused_class(type(module))):
-            module.__class__ = kind
+        if fuse and _obstacle(module) is None:
+            kind = _fuse.fused_class(type(module))  # type: ignore[arg-type]
+            if kind is not None:
+                module.__class__ = kind
     return model
 
 
@@ -177,8 +180,8 @@ def dropout_summary(model: nn.Module) -> DropoutSummary:
         elif _fuse.is_fused(module):
             state, reason = "fused", module.why_unfused()
         elif type(module) in _OURS:
-            reason = _obstacle(module)
-            state, reason = ("to convert", "") if reason is None else ("left", reason)
+            obstacle = _obstacle(module)
+            state, reason = ("to convert", "") if obstacle is None else ("left", obstacle)
         elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
             p = module.dropout
             if p == 0:
@@ -227,7 +230,7 @@ def _class_name(module: nn.Module) -> str:
     return str(module.original_name if scripted else type(module).__name__).lower()
 
 
-def _read(holder, *names: str) -> float | None:
+def _read(holder: object, *names: str) -> Any:
     for name in names:
         try:
             return getattr(holder, name)
@@ -240,7 +243,7 @@ def _layer_drop(module: nn.Module) -> float | None:
     """The probability with which encoders and decoders of transformers skip a layer."""
     if isinstance(module, torch.jit.ScriptModule):
         return None
-    holder = module
+    holder: Any = module
     if "layerdrop" not in vars(module):
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         if code is None or "layerdrop" not in code.co_names:
@@ -268,7 +271,7 @@ def _obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def _modules(function: str, model: nn.Module):
+def _modules(function: str, model: nn.Module) -> Iterator[nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"{function}(): argument 'model' must be torch.nn.Module, not {type(model).__name__}"

@@ -2,14 +2,22 @@
 can see.
 """
 
+from __future__ import annotations
+
 import contextlib
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.fx.traceback
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils.checkpoint import CheckpointPolicy
 
 from . import _C, _keys
-from ._ops import ops
+from ._ops import InDims, ops
+
+if TYPE_CHECKING:
+    from torch._functorch.autograd_function import VmapInfo
 
 _library = torch.library.Library("dropout_ext", "FRAGMENT")
 
@@ -33,9 +41,11 @@ _library.define("seal_key(Tensor words) -> Tensor", tags=[torch.Tag.pt2_complian
 _library.impl("seal_key", _seal_key, "CompositeImplicitAutograd")
 
 
-@torch.library.register_vmap("dropout_ext::seal_key")
-def _(info, in_dims, words):
+def _seal_key_batched(info: VmapInfo, in_dims: InDims, words: Tensor) -> tuple[Tensor, int | None]:
     return ops.seal_key(words), in_dims[0]
+
+
+torch.library.register_vmap("dropout_ext::seal_key", _seal_key_batched)
 
 
 def is_traced(input: Tensor) -> bool:
@@ -48,7 +58,7 @@ def is_traced(input: Tensor) -> bool:
         return True
     mode = torch._C._TorchDispatchModeKey
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
+        peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or any(
             torch._C._get_dispatch_mode(key) is not None
@@ -76,7 +86,7 @@ def draw_key(input: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is not None:
         _C.check_generator(generator, input.device)
     device = input.device if generator is None else generator.device
-    mode = contextlib.nullcontext()
+    mode: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if not torch.compiler.is_dynamo_compiling():
         mode = getattr(input, "fake_mode", mode)
     with mode:
@@ -85,4 +95,5 @@ def draw_key(input: Tensor, generator: torch.Generator | None) -> Tensor:
         words = [
             torch.randint(0, 2**63 - 1, (1,), device=device, generator=generator) for _ in range(2)
         ]
-        return ops.seal_key(torch.cat(words))
+        sealed: Tensor = ops.seal_key(torch.cat(words))
+        return sealed

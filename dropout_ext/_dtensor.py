@@ -2,6 +2,8 @@
 depend on the mesh or on the placements.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
@@ -17,7 +19,8 @@ def run(input: DTensor, call: Call) -> Tensor:
     key = call.key
     if _call.is_dtensor(key):
         # Not every backend sends uint64.
-        key = (key.view(torch.int64) if key.dtype == torch.uint64 else key).full_tensor()
+        words: Any = key.view(torch.int64) if key.dtype == torch.uint64 else key
+        key = words.full_tensor()
         call = call._replace(key=key)
     # Of the whole: every rank errs or none, before anything is drawn or sent.
     check_placements(input, call.inplace)
@@ -67,7 +70,7 @@ def localize(input: DTensor) -> tuple[DTensor, list[int], list[int]]:
     """`input` without partial sums, and where its local shard begins and how long it is, per
     dimension.
     """
-    placements = [Replicate() if p.is_partial() else p for p in input.placements]
+    placements: list[Any] = [Replicate() if p.is_partial() else p for p in input.placements]
     if any(p.is_partial() for p in input.placements):
         input = input.redistribute(placements=placements)
     mesh, begin, size = input.device_mesh, [0] * input.dim(), list(input.shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import __future__
 
 import functools
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch.nn.modules import module as _nn_module
 from torch.nn.parameter import Buffer, Parameter
 
 from . import fused, modules
+from ._keys import ModuleMixin
 
 _PLAIN_TENSORS = (Tensor, Parameter, Buffer)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -38,7 +40,7 @@ def _passes_over(module: nn.Module, *kinds: type) -> bool:
     return _why_called(module, *kinds) is None
 
 
-def _fuses(drop: nn.Module, *tensors: Tensor | None) -> bool:
+def _fuses(drop: Any, *tensors: Tensor | None) -> bool:
     return (
         _passes_over(drop, modules.Dropout)
         and drop.training
@@ -53,7 +55,7 @@ def _fuses(drop: nn.Module, *tensors: Tensor | None) -> bool:
     )
 
 
-def _one_type(first: Tensor, *others: Tensor | None) -> bool:
+def _one_type(first: Any, *others: Tensor | None) -> bool:
     """Whether they are plain tensors on the CPU, of one dtype."""
     if type(first) not in _PLAIN_TENSORS or not first.is_cpu or not first.is_floating_point():
         return False
@@ -64,7 +66,7 @@ def _one_type(first: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-def _source(drop: modules.Dropout) -> dict[str, object]:
+def _source(drop: modules.Dropout) -> dict[str, Any]:
     return {
         "p": drop.p,
         "key": drop._key(None),
@@ -73,13 +75,14 @@ def _source(drop: modules.Dropout) -> dict[str, object]:
     }
 
 
-def _add(drop: nn.Module, input: Tensor, residual: Tensor) -> Tensor:
+def _add(drop: Any, input: Tensor, residual: Tensor) -> Tensor:
     if _fuses(drop, input, residual) and input.shape == residual.shape:
         return fused.dropout_add(input, residual, **_source(drop))
-    return residual + drop(input)
+    total: Tensor = residual + drop(input)
+    return total
 
 
-def _norm_fuses(drop: nn.Module, norm: nn.Module, input: Tensor, residual: Tensor) -> bool:
+def _norm_fuses(drop: Any, norm: Any, input: Tensor, residual: Tensor) -> bool:
     return (
         _passes_over(norm, nn.LayerNorm)
         and _fuses(drop, input, residual, norm.weight, norm.bias)
@@ -87,15 +90,17 @@ def _norm_fuses(drop: nn.Module, norm: nn.Module, input: Tensor, residual: Tenso
     )
 
 
-def _add_norm(drop: nn.Module, norm: nn.Module, input: Tensor, residual: Tensor) -> Tensor:
+def _add_norm(drop: Any, norm: Any, input: Tensor, residual: Tensor) -> Tensor:
     if not _norm_fuses(drop, norm, input, residual):
-        return norm(residual + drop(input))
-    return fused.dropout_add_layer_norm(
+        out: Tensor = norm(residual + drop(input))
+        return out
+    out = fused.dropout_add_layer_norm(
         input, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, **_source(drop)
     )
+    return out
 
 
-def _add_then_norm(drop, norm, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def _add_then_norm(drop: Any, norm: Any, input: Tensor, residual: Tensor) -> Any:
     """The norm, and the sum that it is of."""
     if not _norm_fuses(drop, norm, input, residual):
         total = residual + drop(input)
@@ -106,17 +111,18 @@ def _add_then_norm(drop, norm, input: Tensor, residual: Tensor) -> tuple[Tensor,
     )  # fmt: skip
 
 
-def _activate(drop: nn.Module, activation, input: Tensor) -> Tensor:
+def _activate(drop: Any, activation: Any, input: Tensor) -> Tensor:
     name = {F.relu: "relu", F.gelu: "gelu"}.get(activation) if callable(activation) else None
     if name is None or not _fuses(drop, input):
-        return drop(activation(input))
+        out: Tensor = drop(activation(input))
+        return out
     return fused.activation_dropout(input, name, **_source(drop))
 
 
-class _Fused:
+class _Fused(ModuleMixin):
     """A class whose forward is fused. `convert` makes it of `_original`, `revert` that of it."""
 
-    _original: type[nn.Module]
+    _original: Any  # a class of modules
     _passed_over: tuple[str, ...]  # children that a fused call does not call
     _methods: tuple[str, ...] = ()  # of the original, which it does not call either
 
@@ -167,7 +173,7 @@ class TransformerEncoderLayer(_Fused, nn.TransformerEncoderLayer):
             check_other=False,
         )
 
-        def attend(x):
+        def attend(x: Tensor) -> Any:
             return self.self_attn(
                 x, x, x, attn_mask=src_mask, key_padding_mask=src_key_padding_mask,
                 need_weights=False, is_causal=is_causal,
@@ -205,13 +211,13 @@ class TransformerDecoderLayer(_Fused, nn.TransformerDecoderLayer):
         if self._as_original(tgt):
             return super().forward(*given)
 
-        def attend(x):
+        def attend(x: Tensor) -> Any:
             return self.self_attn(
                 x, x, x, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask,
                 is_causal=tgt_is_causal, need_weights=False,
             )[0]  # fmt: skip
 
-        def attend_memory(x):
+        def attend_memory(x: Tensor) -> Any:
             return self.multihead_attn(
                 x, memory, memory, attn_mask=memory_mask, key_padding_mask=memory_key_padding_mask,
                 is_causal=memory_is_causal, need_weights=False,
@@ -226,21 +232,21 @@ class TransformerDecoderLayer(_Fused, nn.TransformerDecoderLayer):
         return _add_norm(self.dropout3, self.norm3, _feed_forward(self, x), x)
 
 
-def _leaf(*args):
+def _leaf(*args: Any) -> Any:
     """A call that torch.fx.symbolic_trace does not look into, as it does not into the original."""
     tracer = args[0].tracer
     path, _ = next(reversed(tracer.module_stack.values()))
     return tracer.create_proxy("call_module", path, args, {})
 
 
-def _feed_forward(layer, x: Tensor) -> Tensor:
+def _feed_forward(layer: Any, x: Tensor) -> Any:
     return layer.linear2(_activate(layer.dropout, layer.activation, layer.linear1(x)))
 
 
 # The forward methods that are known by their code, as it stands in many modules of transformers.
 
 
-def _dense_drop_norm_add(self, hidden_states, input_tensor):
+def _dense_drop_norm_add(self: Any, hidden_states: Any, input_tensor: Any) -> Any:
     hidden_states = self.dense(hidden_states)
     hidden_states = self.dropout(hidden_states)
     hidden_states = self.LayerNorm(hidden_states + input_tensor)
@@ -251,16 +257,17 @@ class _DenseDropNormAdd(_Fused):
     """Output and SelfOutput of the BERT family."""
 
     _passed_over = ("dropout", "LayerNorm")
+    dense: nn.Module
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         hidden_states = self.dense(hidden_states)
         return _add_norm(self.dropout, self.LayerNorm, hidden_states, input_tensor)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (self._original,), self.__getstate__()
 
 
-def _code(function):
+def _code(function: Any) -> tuple[Any, ...] | None:
     """What a function does, whatever its local names and its documentation."""
     code = getattr(function, "__code__", None)
     if code is None:
@@ -288,13 +295,13 @@ def fused_class(original: type[nn.Module]) -> type[nn.Module] | None:
     return type(original.__name__, (known, original), namespace)
 
 
-def _rebuild(original: type[nn.Module]) -> nn.Module:
+def _rebuild(original: Any) -> Any:
     """A module of the fused class, or of the original where that is another one by now."""
     kind = fused_class(original) or original
     return kind.__new__(kind)
 
 
-def is_fused(module: nn.Module) -> bool:
+def is_fused(module: nn.Module) -> TypeGuard[_Fused]:
     return type(module) in _BY_CLASS.values() or (
         isinstance(module, _Fused) and type(module) is fused_class(module._original)
     )

@@ -7,9 +7,12 @@ Graphs have the operator until then, so that what they save for the backward pas
 """
 
 import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import sympy
 import torch
+from torch import Tensor
 from torch._inductor import cpu_vec_isa, ir, lowering
 from torch._inductor.utils import is_view
 from torch._inductor.virtualized import V, ops
@@ -36,7 +39,10 @@ def register() -> None:
     lowering.register_lowering(APPLY, type_promotion_kind=None)(lower)
 
 
-def lower(input, key, p, scale, mask_strides, mask_offset, bias=None, dropped=0.0):
+def lower(
+    input: Any, key: Any, p: Any, scale: Any, mask_strides: Sequence[Any], mask_offset: Any,
+    bias: Any = None, dropped: Any = 0.0,
+) -> Any:  # fmt: skip
     arguments = (input, key, p, scale, mask_strides, mask_offset, bias, dropped)
     mode = switch()
     try:
@@ -51,11 +57,14 @@ def lower(input, key, p, scale, mask_strides, mask_offset, bias=None, dropped=0.
     return opaque(APPLY, *arguments)
 
 
-def opaque(op, *args, **kwargs):
+def opaque(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     return lowering.fallback_handler(op, add_to_fallback_set=False)(*args, **kwargs)
 
 
-def fits(input, key, p, scale, mask_strides, mask_offset, bias, dropped) -> bool:
+def fits(
+    input: Any, key: Any, p: Any, scale: Any, mask_strides: Sequence[Any], mask_offset: Any,
+    bias: Any, dropped: Any,
+) -> bool:  # fmt: skip
     return (
         input.get_device().type in ("cpu", "cuda")
         and len(input.get_size()) > 0
@@ -64,7 +73,7 @@ def fits(input, key, p, scale, mask_strides, mask_offset, bias, dropped) -> bool
     )
 
 
-def pays(node) -> bool:
+def pays(node: Any) -> bool:
     """Whether the operator would stand between loops, or keep one from memory."""
     output = node.meta["val"]
     if output.device.type != "cpu":
@@ -80,21 +89,21 @@ def loads_bytes() -> bool:
     return cpu_vec_isa.pick_vec_isa().bit_width() >= 512
 
 
-def is_last(node) -> bool:
+def is_last(node: Any) -> bool:
     """Whether it comes after a loop and before none: then, on the CPU, it is fastest in place."""
     on_cpu = node.meta["val"].device.type == "cpu"
     return on_cpu and _follows_loop(node) and not _precedes_loop(node)
 
 
-def _follows_loop(node) -> bool:
+def _follows_loop(node: Any) -> bool:
     return any(map(_is_loop, _through_views(node.args[0], before=True)))
 
 
-def _precedes_loop(node) -> bool:
+def _precedes_loop(node: Any) -> bool:
     return any(map(_is_loop, _through_views(node, before=False)))
 
 
-def _through_views(node, before):
+def _through_views(node: Any, before: bool) -> Iterator[Any]:
     if not before:
         for user in node.users:
             yield from _through_views(user, before) if _is_view(user) else (user,)
@@ -104,7 +113,7 @@ def _through_views(node, before):
         yield node
 
 
-def _is_view(node) -> bool:
+def _is_view(node: Any) -> bool:
     return (
         node.op == "call_function"
         and isinstance(node.target, torch._ops.OpOverload)
@@ -112,7 +121,7 @@ def _is_view(node) -> bool:
     )
 
 
-def _is_loop(node) -> bool:
+def _is_loop(node: Any) -> bool:
     if node.op != "call_function":
         return False
     if node.target is operator.getitem:
@@ -127,7 +136,7 @@ def _is_loop(node) -> bool:
     )
 
 
-def in_place(input, *arguments):
+def in_place(input: Any, *arguments: Any) -> Any:
     """On what the loop before it wrote: nothing new is allocated, whose pages would come first."""
     written = lowering.clone(input)  # of a loop: that loop, with a buffer that nobody else knows
     written.realize()
@@ -135,18 +144,23 @@ def in_place(input, *arguments):
     return written
 
 
-def fused(node, input, key, p, scale, mask_strides, mask_offset, bias, dropped):
+def fused(
+    node: Any, input: Any, key: Any, p: Any, scale: Any, mask_strides: Sequence[Any],
+    mask_offset: Any, bias: Any, dropped: Any,
+) -> Any:  # fmt: skip
     keep = keep_mask(node, input, key, p, mask_strides, mask_offset)
     dtype = torch.float64 if input.get_dtype() == torch.float64 else torch.float32
 
-    def select(x, keep):
+    def select(x: Any, keep: Any) -> Any:
         kept = ops.mul(x, ops.constant(scale, dtype))
         return ops.where(keep, kept, ops.constant(dropped, dtype))
 
     return lowering.make_pointwise(select)(input, keep)
 
 
-def keep_mask(node, input, key, p, mask_strides, mask_offset):
+def keep_mask(
+    node: Any, input: Any, key: Any, p: Any, mask_strides: Sequence[Any], mask_offset: Any
+) -> Any:
     """A bool tensor that is never stored: a loop over it reads the stored bytes or bits."""
     device, size = input.get_device(), list(input.get_size())
     batched = len(key.get_size()) == 2
@@ -164,41 +178,42 @@ def keep_mask(node, input, key, p, mask_strides, mask_offset):
         masks[name] = opaque(KEEP_BITS, key, *arguments, device=device)
     load = masks[name].make_loader()
 
-    def kept(index):
+    def kept(index: Sequence[Any]) -> Any:
         position = [sympy.S.Zero if shared[d] else index[d] for d in order]
         return of_byte(load, position) if in_bytes(device) else of_bits(load, position, stored)
 
     return ir.Pointwise.create(device=device, dtype=torch.bool, inner_fn=kept, ranges=size)
 
 
-def in_bytes(device) -> bool:
+def in_bytes(device: torch.device) -> bool:
     """Whether keep_bits makes bytes there."""
     return device.type == "cpu"
 
 
-def of_byte(load, position):
+def of_byte(load: Any, position: Sequence[Any]) -> Any:
     # By way of a number: so Inductor's C++ is vectorised, as it is not for bool.
     byte = ops.to_dtype(load(position), torch.float32, src_dtype=torch.uint8)
     return ops.gt(byte, ops.constant(0.5, torch.float32))
 
 
-def of_bits(load, position, size):
+def of_bits(load: Any, position: Sequence[Any], size: Sequence[Any]) -> Any:
     i = sympy.S.Zero
     for at, n in zip(position, size, strict=True):
         i = i * n + at
     byte = ops.to_dtype(load([FloorDiv(i, 8)]), torch.int32, src_dtype=torch.uint8)
-    bit = ops.bitwise_right_shift(byte, ops.index_expr(ModularIndexing(i, 1, 8), torch.int32))
+    number: Any = ModularIndexing(i, 1, 8)
+    bit = ops.bitwise_right_shift(byte, ops.index_expr(number, torch.int32))
     one, zero = (ops.constant(value, torch.int32) for value in (1, 0))
     return ops.ne(ops.bitwise_and(bit, one), zero)
 
 
-def _memory_order(tensor, first):
+def _memory_order(tensor: Tensor, first: int) -> list[int]:
     """Dimensions from the outermost in memory to the innermost, but for the first of them."""
     inner = range(first, tensor.dim())
     return [*range(first), *sorted(inner, key=lambda d: -_hint(tensor.stride(d)))]
 
 
-def _hint(size) -> int:
+def _hint(size: Any) -> int:
     if isinstance(size, int):
         return size
     # Sizes that depend on data have none: large ones.

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +91,8 @@ def fold_in(key: Tensor, n: int) -> Tensor:
         raise ValueError(
             f"fold_in(): argument 'n' is {n}, but accepted are integers from 0 to 2**63 - 1"
         )
-    return _ops.ops.fold_in(key, n)
+    folded: Tensor = _ops.ops.fold_in(key, n)
+    return folded
 
 
 def split(key: Tensor, n: int) -> Tensor:
@@ -111,7 +114,8 @@ def split(key: Tensor, n: int) -> Tensor:
         torch.Size([3, 2])
     """
     _check_types("split", key, n)
-    return _ops.ops.split(key, n)
+    rows: Tensor = _ops.ops.split(key, n)
+    return rows
 
 
 class keys:
@@ -186,14 +190,14 @@ class keys:
         _set(entered)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         entered = _local.keys
         entered.take_down(entered.before)
         _set(entered.outer)
 
 
 class _Local(threading.local):
-    keys = None
+    keys: Any = None  # _Keys, in a context
 
 
 _local = _Local()
@@ -219,14 +223,17 @@ class _Place:
     def next(self) -> Tensor:
         key = self.key
         self.key = key + self.keys.one_call
-        return _ops.ops.fold_in(key, 0)
+        folded: Tensor = _ops.ops.fold_in(key, 0)
+        return folded
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a copy of a module is not in the context
 
 
 class _Keys:
     """What lasts from the beginning to the end of one `with`."""
+
+    before: list[_Place | None]  # the places of its modules outside
 
     def __init__(self, key: Tensor, model: nn.Module | None, outer: _Keys | None) -> None:
         self.outer = outer
@@ -248,7 +255,7 @@ class _Keys:
         self.take_down(self.named)
         return before
 
-    def take_down(self, before: list[_Place | None]) -> None:
+    def take_down(self, before: Sequence[_Place | None]) -> None:
         for module, place in zip(self.modules, before, strict=True):
             module._keys_place = place
 
@@ -272,18 +279,26 @@ def _number_of(name: str) -> int:
 
 
 # Dynamo cannot trace it. torch.compiler.assume_constant_result does this, and loads Dynamo.
-_number_of._dynamo_marked_constant = True
+_number_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def next_key() -> Tensor | None:
     """The key of a call without one, None where it is to be drawn."""
-    keys = _local.keys
+    keys: _Keys | None = _local.keys
     return None if keys is None else keys.next(keys.others)
 
 
-class Keyed:
+# The base of what is only ever a base beside a module.
+if TYPE_CHECKING:
+    ModuleMixin = nn.Module
+else:
+    ModuleMixin = object
+
+
+class Keyed(ModuleMixin):
     """A module that takes keys by its name."""
 
+    generator: torch.Generator | None
     _keys_place: _Place | None = None
 
     def _key(self, key: Tensor | None) -> Tensor | None:
@@ -318,7 +333,7 @@ class Resumed:
             self.before = self.keys.hang()
             self.was_resumed, self.keys.resumed = self.keys.resumed, True
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.keys is not None:
             self.keys.resumed = self.was_resumed
             self.keys.take_down(self.before)

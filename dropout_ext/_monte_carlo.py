@@ -164,7 +164,9 @@ def predict(
             per_pass = (per_pass + 1) // 2
 
 
-def _mean_and_std(model, x, samples, per_pass):
+def _mean_and_std(
+    model: nn.Module, x: Tensor, samples: int, per_pass: int
+) -> tuple[Tensor, Tensor]:
     outputs = []
     for start in range(0, samples, per_pass):
         n = min(per_pass, samples - start)
@@ -192,7 +194,7 @@ def _mean_and_std(model, x, samples, per_pass):
 
 
 @contextlib.contextmanager
-def _seeded(model, x, key):
+def _seeded(model: nn.Module, x: Tensor, key: Tensor | None) -> Iterator[None]:
     if key is None:
         yield
         return

@@ -1,5 +1,7 @@
 """Jagged tensors: the mask runs over the values, (sum of lengths, ...)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -27,11 +29,12 @@ def run(input: Tensor, call: _call.Call) -> Tensor:
     values = _call.run(input.values(), call)
     if call.inplace:
         return input
+    jagged: Any = input  # of a class that no public name stands for
     return torch.nested.nested_tensor_from_jagged(
         values,
-        input.offsets(),
-        input.lengths(),
-        input._ragged_idx,
-        input._maybe_min_seqlen,
-        input._maybe_max_seqlen,
+        jagged.offsets(),
+        jagged.lengths(),
+        jagged._ragged_idx,
+        jagged._maybe_min_seqlen,
+        jagged._maybe_max_seqlen,
     )

@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FunctionType
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +23,10 @@ from ._call import Call
 
 __all__ = ["override"]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def _no_frame(function):
+
+def _no_frame(function: Function) -> Function:
     """Keeps Dynamo from compiling `function` by itself, as it may where it runs the caller in eager
     mode. It still inlines it, and compiles what it calls.
 
@@ -88,8 +92,9 @@ class override(TorchFunctionMode, _NoParamDecoratorContextManager):
         True
     """
 
-    def __call__(self, orig_func):
-        what, given = None, orig_func
+    def __call__(self, orig_func: Function) -> Function:
+        what: str | None = None
+        given: Any = orig_func
         if inspect.isclass(given):
             what = f"the class {given.__name__}: decorate its methods"
         elif isinstance(given, torch.nn.Module):
@@ -103,7 +108,10 @@ class override(TorchFunctionMode, _NoParamDecoratorContextManager):
         return super().__call__(orig_func)
 
     @_no_frame
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() and isinstance(func, HigherOrderOperator):
             return _region(func, args, kwargs)
@@ -122,73 +130,76 @@ class override(TorchFunctionMode, _NoParamDecoratorContextManager):
 _PLAIN_TYPES = frozenset({Tensor, Parameter, Buffer})
 
 
-def _dropout(input, p, train):
+def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
     return functional.dropout(input, p, train)
 
 
-def _dropout_(input, p, train):
+def _dropout_(input: Tensor, p: float, train: bool) -> Tensor:
     return functional.dropout(input, p, train, True)
 
 
-def _alpha_dropout(input, p, train):
+def _alpha_dropout(input: Tensor, p: float, train: bool) -> Tensor:
     return functional.alpha_dropout(input, p, train)
 
 
-def _alpha_dropout_(input, p, train):
+def _alpha_dropout_(input: Tensor, p: float, train: bool) -> Tensor:
     return functional.alpha_dropout(input, p, train, True)
 
 
-def _feature_dropout(input, p, train):
+def _feature_dropout(input: Tensor, p: float, train: bool) -> Tensor:
     return functional._features(input, Call(p, train))
 
 
-def _feature_dropout_(input, p, train):
+def _feature_dropout_(input: Tensor, p: float, train: bool) -> Tensor:
     return functional._features(input, Call(p, train, True))
 
 
-def _feature_alpha_dropout(input, p, train):
+def _feature_alpha_dropout(input: Tensor, p: float, train: bool) -> Tensor:
     return functional.feature_alpha_dropout(input, p, train)
 
 
-def _feature_alpha_dropout_(input, p, train):
+def _feature_alpha_dropout_(input: Tensor, p: float, train: bool) -> Tensor:
     return functional.feature_alpha_dropout(input, p, train, True)
 
 
 def _attention(
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     *,
-    scale=None,
-    enable_gqa=False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`: who computes a call is decided here.
 
     Ours are calls that drop, that PyTorch would accept, and that it would compute by its math path.
     All others go to PyTorch, so that its own errors appear.
     """
-    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-    options = {"scale": scale, "enable_gqa": enable_gqa}
-    if _drops(dropout_p) and all(isinstance(t, Tensor) for t in arguments[:3]):
-        tensors = _sdpa.cast(query.device.type, arguments[:4])
+    if _drops(dropout_p) and all(isinstance(t, Tensor) for t in (query, key, value)):
+        tensors = _sdpa.cast(query.device.type, (query, key, value, attn_mask))
         if _sdpa.accepts(*tensors, is_causal, scale, enable_gqa) and _takes_math_path(
             *tensors, dropout_p, is_causal, scale, enable_gqa
         ):
             return _sdpa.attention(*tensors, dropout_p, is_causal, scale, enable_gqa, None, None)
-    return F.scaled_dot_product_attention(*arguments, **options)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
-def _drops(dropout_p) -> bool:
+def _drops(dropout_p: float) -> bool:
     try:
         return bool(0 < dropout_p <= 1)
     except (TypeError, ValueError, RuntimeError):  # no number
         return False
 
 
-def _takes_math_path(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> bool:
+def _takes_math_path(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float,
+    is_causal: bool, scale: float | None, enable_gqa: bool,
+) -> bool:  # fmt: skip
     """Whether PyTorch would materialise the attention matrix and drop from it."""
     if query.device.type == "cpu":
         # With dropout, its only path there. Without it, by `sdpa_kernel`, the call is an error.
@@ -196,17 +207,17 @@ def _takes_math_path(query, key, value, attn_mask, dropout_p, is_causal, scale, 
     if query.device.type != "cuda" or torch.compiler.is_compiling():
         return False
     # What the C++ function asks itself; nothing public tells.
-    choice = torch._fused_sdp_choice(
+    choice = torch._fused_sdp_choice(  # pyright: ignore[reportPrivateImportUsage]
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     return choice == torch.nn.attention.SDPBackend.MATH.value
 
 
-def _never(tensors) -> bool:
+def _never(tensors: object) -> bool:
     return False
 
 
-def _copy(function, **replaced):
+def _copy(function: Any, **replaced: Any) -> FunctionType:
     """`function` with other globals: it does not go to a mode again, and calls what is replaced."""
     # Dynamo finds the globals of a function by their __name__, and would find PyTorch's.
     names = {name: value for name, value in function.__globals__.items() if name != "__name__"}
@@ -232,13 +243,13 @@ _BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 
 @_no_frame
-def _inside(function, *args, **kwargs):
+def _inside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with override():
         return function(*args, **kwargs)
 
 
 @_no_frame
-def _outside(function, *args, **kwargs):
+def _outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     modes = overrides._get_current_function_mode_stack()
     if not any(isinstance(mode, override) for mode in modes):
         return function(*args, **kwargs)
@@ -250,7 +261,7 @@ def _outside(function, *args, **kwargs):
 
 
 @_no_frame
-def _replace_modes(modes):
+def _replace_modes(modes: Iterable[TorchFunctionMode]) -> None:
     for _ in overrides._get_current_function_mode_stack():
         overrides._pop_mode()
     for mode in modes:
@@ -258,7 +269,7 @@ def _replace_modes(modes):
 
 
 @_no_frame
-def _as_now(function):
+def _as_now(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, to be run again later with override on or off as it is now, and the same keys."""
     modes = overrides._get_current_function_mode_stack()
     on = any(isinstance(mode, override) for mode in modes)
@@ -267,7 +278,7 @@ def _as_now(function):
 
 
 @_no_frame
-def _resume(resumed, function, *args, **kwargs):
+def _resume(resumed: _keys.Resumed, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with resumed:
         return function(*args, **kwargs)
 
@@ -278,12 +289,14 @@ def _carry_into_checkpoints() -> None:
     backward pass runs. They offer no hook for it. Left alone, reentrant ones give wrong gradients,
     others raise.
     """
-    forward = checkpointing.CheckpointFunction.forward
-    initialise = checkpointing._CheckpointFrame.__init__
+    kind: Any = checkpointing.CheckpointFunction
+    frame: Any = checkpointing._CheckpointFrame
+    forward = kind.forward
+    initialise = frame.__init__
 
     @functools.wraps(forward)
     @_no_frame
-    def carrying_forward(ctx, run_function, *args):
+    def carrying_forward(ctx: Any, run_function: Callable[..., Any], *args: Any) -> Any:
         again = _as_now(run_function)
         outputs = forward(ctx, run_function, *args)
         ctx.run_function = again
@@ -291,21 +304,23 @@ def _carry_into_checkpoints() -> None:
 
     @functools.wraps(initialise)
     @_no_frame
-    def carrying_initialise(self, recompute_fn, *args, **kwargs):
+    def carrying_initialise(
+        self: Any, recompute_fn: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> None:
         initialise(self, _as_now(recompute_fn), *args, **kwargs)
 
-    checkpointing.CheckpointFunction.forward = staticmethod(carrying_forward)
-    checkpointing._CheckpointFrame.__init__ = carrying_initialise
+    kind.forward = staticmethod(carrying_forward)
+    frame.__init__ = carrying_initialise
 
 
 _carry_into_checkpoints()
 
 
-def _region(operator, args, kwargs):
+def _region(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """A call of a higher-order operator while it is traced. The functions that it is given are
     traced while the mode handles the call, and is switched off. So each of them enters it again.
     """
-    places = ()
+    places: tuple[int, ...] = ()
     for kind, where in _REGIONS.items():
         # Of these operators Dynamo knows the class alone in every version.
         if isinstance(operator, kind):
@@ -340,7 +355,7 @@ _REGIONS = {
     type(torch.ops.higher_order.scan): (0,),
 }
 
-_ROUTES = {
+_ROUTES: dict[Any, Callable[..., Any]] = {
     F.dropout: functional.dropout,
     F.dropout1d: functional.dropout1d,
     F.dropout2d: functional.dropout2d,

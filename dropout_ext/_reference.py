@@ -60,7 +60,8 @@ def _wrap(x: int) -> int:
 
 def _seed_offset(key: Tensor) -> tuple[Tensor, Tensor]:
     """Both words of each key, as int64, of shape key.shape[:-1]."""
-    return key.view(torch.int64).unbind(-1)
+    seed, offset = key.view(torch.int64).unbind(-1)
+    return seed, offset
 
 
 def words(key: Tensor, index: Tensor) -> Tensor:

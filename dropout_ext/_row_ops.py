@@ -4,7 +4,11 @@ Where there is no kernel of whole rows, they are dropout's own operator and PyTo
 around it.
 """
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +16,19 @@ from torch import Tensor
 
 from . import _C
 from ._geometry import row_major
-from ._ops import batch_first, ops, register
+from ._ops import InDims, batch_first, ops, register
+
+if TYPE_CHECKING:
+    from torch._functorch.autograd_function import VmapInfo
+
+__all__ = ["ops"]  # with those that are registered here
 
 
 def _add(
-    input, residual, input_bias, colscale, rowscale, key, p, scale, mask_strides, mask_offset, dtype
-):
+    input: Tensor, residual: Tensor | None, input_bias: Tensor | None, colscale: Tensor | None,
+    rowscale: Tensor | None, key: Tensor | None, p: float, scale: float,
+    mask_strides: Sequence[int], mask_offset: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     others = (residual, input_bias, colscale, rowscale, key, None, None)
     _check_rows(input, others, p, mask_strides, None, False, dtype, input.dtype)
     total = input.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -35,9 +46,11 @@ def _add(
 
 
 def _add_norm(
-    input, residual, input_bias, colscale, rowscale, key, p, scale, mask_strides, mask_offset,
-    norm_dims, weight, bias, eps, rms, sum_dtype, dtype,
-):  # fmt: skip
+    input: Tensor, residual: Tensor | None, input_bias: Tensor | None, colscale: Tensor | None,
+    rowscale: Tensor | None, key: Tensor | None, p: float, scale: float,
+    mask_strides: Sequence[int], mask_offset: int, norm_dims: int, weight: Tensor | None,
+    bias: Tensor | None, eps: float, rms: bool, sum_dtype: torch.dtype, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     others = (residual, input_bias, colscale, rowscale, key, weight, bias)
     _check_rows(input, others, p, mask_strides, norm_dims, rms, sum_dtype, dtype)
     total = _add(
@@ -61,9 +74,10 @@ def _per_row(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _add_norm_backward(
-    grad_out, grad_sum, total, mean, rstd, weight, key, p, scale, mask_strides, mask_offset,
-    norm_dims, rms, wanted,
-):  # fmt: skip
+    grad_out: Tensor, grad_sum: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor,
+    weight: Tensor | None, key: Tensor | None, p: float, scale: float, mask_strides: Sequence[int],
+    mask_offset: int, norm_dims: int, rms: bool, wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     x = total.to(rstd.dtype)
     if not rms:
         x = x - _per_row(mean, x)
@@ -93,13 +107,20 @@ def _add_norm_backward(
     )
 
 
-def _activation(input, function, key, p, scale, mask_strides, mask_offset):
+def _activation(
+    input: Tensor, function: int, key: Tensor, p: float, scale: float, mask_strides: Sequence[int],
+    mask_offset: int,
+) -> Tensor:  # fmt: skip
     _C.check_call(input, key, p, None, 0.0, len(mask_strides))
     activated = (F.gelu, functools.partial(F.gelu, approximate="tanh"), F.silu, F.relu)
-    return ops.apply(activated[function](input), key, p, scale, mask_strides, mask_offset)
+    out: Tensor = ops.apply(activated[function](input), key, p, scale, mask_strides, mask_offset)
+    return out
 
 
-def _activation_backward(grad, input, function, key, p, scale, mask_strides, mask_offset):
+def _activation_backward(
+    grad: Tensor, input: Tensor, function: int, key: Tensor, p: float, scale: float,
+    mask_strides: Sequence[int], mask_offset: int,
+) -> Tensor:  # fmt: skip
     _C.check_call(input, key, p, None, 0.0, len(mask_strides))
     grad = ops.apply(grad, key, p, scale, mask_strides, mask_offset)
     aten = torch.ops.aten
@@ -109,10 +130,11 @@ def _activation_backward(grad, input, function, key, p, scale, mask_strides, mas
         aten.silu_backward,
         lambda grad, input: aten.threshold_backward(grad, input, 0),
     )
-    return backward[function](grad, input)
+    out: Tensor = backward[function](grad, input)
+    return out
 
 
-def _check_devices(function, input, **others):
+def _check_devices(function: str, input: Tensor, **others: Tensor | None) -> None:
     """A tensor of the meta device beside others would make the shape the result."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != input.device:
@@ -122,13 +144,18 @@ def _check_devices(function, input, **others):
             )
 
 
-def _check_rows(input, others, p, mask_strides, norm_dims, rms, sum_dtype, dtype):
+def _check_rows(
+    input: Tensor, others: Sequence[Tensor | None], p: float, mask_strides: Sequence[int],
+    norm_dims: int | None, rms: bool, sum_dtype: torch.dtype, dtype: torch.dtype,
+) -> None:  # fmt: skip
     _C.check_rows(input, list(others), p, len(mask_strides), norm_dims, rms, sum_dtype, dtype)
 
 
 def _add_shape(
-    input, residual, input_bias, colscale, rowscale, key, p, scale, mask_strides, mask_offset, dtype
-):
+    input: Tensor, residual: Tensor | None, input_bias: Tensor | None, colscale: Tensor | None,
+    rowscale: Tensor | None, key: Tensor | None, p: float, scale: float,
+    mask_strides: Sequence[int], mask_offset: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     others = (residual, input_bias, colscale, rowscale, key, None, None)
     _check_rows(input, others, p, mask_strides, None, False, dtype, input.dtype)
     scaled = input_bias is not None or colscale is not None or rowscale is not None
@@ -140,9 +167,11 @@ def _add_shape(
 
 
 def _add_norm_shape(
-    input, residual, input_bias, colscale, rowscale, key, p, scale, mask_strides, mask_offset,
-    norm_dims, weight, bias, eps, rms, sum_dtype, dtype,
-):  # fmt: skip
+    input: Tensor, residual: Tensor | None, input_bias: Tensor | None, colscale: Tensor | None,
+    rowscale: Tensor | None, key: Tensor | None, p: float, scale: float,
+    mask_strides: Sequence[int], mask_offset: int, norm_dims: int, weight: Tensor | None,
+    bias: Tensor | None, eps: float, rms: bool, sum_dtype: torch.dtype, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     others = (residual, input_bias, colscale, rowscale, key, weight, bias)
     _check_rows(input, others, p, mask_strides, norm_dims, rms, sum_dtype, dtype)
     compute = torch.float64 if sum_dtype == torch.float64 else torch.float32
@@ -157,9 +186,10 @@ def _add_norm_shape(
 
 
 def _add_norm_backward_shape(
-    grad_out, grad_sum, total, mean, rstd, weight, key, p, scale, mask_strides, mask_offset,
-    norm_dims, rms, wanted,
-):  # fmt: skip
+    grad_out: Tensor, grad_sum: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor,
+    weight: Tensor | None, key: Tensor | None, p: float, scale: float, mask_strides: Sequence[int],
+    mask_offset: int, norm_dims: int, rms: bool, wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     _check_devices("add_norm_backward", total, grad_out=grad_out, rstd=rstd, weight=weight)
     row = total.shape[total.dim() - norm_dims :]
     shapes = (total.shape, total.shape, row, row)
@@ -170,12 +200,15 @@ def _add_norm_backward_shape(
     )
 
 
-def _activation_shape(input, function, key, p, scale, mask_strides, mask_offset):
+def _activation_shape(
+    input: Tensor, function: int, key: Tensor, p: float, scale: float, mask_strides: Sequence[int],
+    mask_offset: int,
+) -> Tensor:  # fmt: skip
     _C.check_call(input, key, p, None, 0.0, len(mask_strides))
     return torch.empty_like(input)
 
 
-def _activation_backward_shape(grad, input, *rest):
+def _activation_backward_shape(grad: Tensor, input: Tensor, *rest: Any) -> Tensor:
     _check_devices("activation_backward", input, grad=grad)
     return _activation_shape(input, *rest)
 
@@ -183,7 +216,9 @@ def _activation_backward_shape(grad, input, *rest):
 # vmap. What several examples share must be one tensor for them to be one call.
 
 
-def _each_example(name, info, in_dims, *args):
+def _each_example(
+    name: str, info: VmapInfo, in_dims: InDims, *args: Any
+) -> tuple[Tensor | tuple[Tensor, ...], int | tuple[int, ...]]:
     """One call per example, stacked."""
     results = [
         getattr(ops, name)(
@@ -201,7 +236,11 @@ def _each_example(name, info, in_dims, *args):
     )
 
 
-def _rows_batched(name, info, in_dims, input, residual, input_bias, colscale, rowscale, key, *rest):
+def _rows_batched(
+    name: str, info: VmapInfo, in_dims: InDims, input: Tensor, residual: Tensor | None,
+    input_bias: Tensor | None, colscale: Tensor | None, rowscale: Tensor | None,
+    key: Tensor | None, *rest: Any,
+) -> tuple[Tensor | tuple[Tensor, ...], int | tuple[int, ...]]:  # fmt: skip
     alone = any(dim is not None for dim in (in_dims[2], in_dims[3], *in_dims[5:])) or (
         key is not None and key.dim() == 2
     )
@@ -211,9 +250,10 @@ def _rows_batched(name, info, in_dims, input, residual, input_bias, colscale, ro
     shape = input.shape if in_dims[0] is None else input.movedim(in_dims[0], 0).shape[1:]
     p, scale, mask_strides, *others = rest
     strides = [0, *(mask_strides or row_major(shape))]
-    input, residual, rowscale = (
+    input = batch_first(info, input, in_dims[0])
+    residual, rowscale = (
         None if tensor is None else batch_first(info, tensor, dim)
-        for tensor, dim in zip((input, residual, rowscale), (*in_dims[:2], in_dims[4]), strict=True)
+        for tensor, dim in ((residual, in_dims[1]), (rowscale, in_dims[4]))
     )
     results = getattr(ops, name)(
         input, residual, input_bias, colscale, rowscale, key, p, scale, strides, *others
@@ -221,7 +261,9 @@ def _rows_batched(name, info, in_dims, input, residual, input_bias, colscale, ro
     return results, 0 if isinstance(results, Tensor) else (0,) * len(results)
 
 
-def _activation_batched(info, in_dims, input, function, key, *rest):
+def _activation_batched(
+    info: VmapInfo, in_dims: InDims, input: Tensor, function: int, key: Tensor, *rest: Any
+) -> tuple[Tensor | tuple[Tensor, ...], int | tuple[int, ...]]:
     if in_dims[2] is not None or key.dim() == 2:
         return _each_example("activation", info, in_dims, input, function, key, *rest)
     p, scale, mask_strides, mask_offset = rest

@@ -5,7 +5,8 @@ tensors), of dropout and PyTorch's own functions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,14 @@ from . import _C, _call, _geometry
 from ._call import Call
 from ._row_ops import ops
 
+Scales = tuple[Tensor | None, Tensor | None, Tensor | None]  # input_bias, colscale, rowscale
 ACTIVATIONS = {("gelu", "none"): 0, ("gelu", "tanh"): 1, ("silu", "none"): 2, ("relu", "none"): 3}
 
 
 class Norm(NamedTuple):
     """What comes after the sum."""
 
-    normalized_shape: int | list[int]
+    normalized_shape: int | Sequence[int]
     weight: Tensor | None
     bias: Tensor | None
     eps: float | None
@@ -35,11 +37,11 @@ def run(
     input: Tensor,
     residual: Tensor | None,
     call: Call,
-    scales: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scales: Scales,
     sum_dtype: torch.dtype | None,
     norm: Norm | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """scales: input_bias, colscale, rowscale."""
+) -> Any:
+    """A tensor, or with `norm.return_sum` two."""
     _call.check_tensor(input)
     _call.check_probability(call.p)
     _call.check_source(call.key, call.generator)
@@ -74,7 +76,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _norm_dims(input: Tensor, normalized_shape: int | list[int]) -> int:
+def _norm_dims(input: Tensor, normalized_shape: int | Sequence[int]) -> int:
     if isinstance(normalized_shape, (int, torch.SymInt)):
         normalized_shape = [normalized_shape]
     dims = len(normalized_shape)
@@ -86,7 +88,7 @@ def _norm_dims(input: Tensor, normalized_shape: int | list[int]) -> int:
     return dims
 
 
-def _check_whole_rows(input, dims: int) -> None:
+def _check_whole_rows(input: Any, dims: int) -> None:
     cut = [p for p in input.placements if p.is_shard() and p.dim >= input.dim() - dims]
     if cut:
         raise ValueError(
@@ -95,7 +97,10 @@ def _check_whole_rows(input, dims: int) -> None:
         )
 
 
-def _composed(input, residual, call, scales, sum_dtype, norm, dims):
+def _composed(
+    input: Tensor, residual: Tensor | None, call: Call, scales: Scales, sum_dtype: torch.dtype,
+    norm: Norm | None, dims: int,
+) -> Any:  # fmt: skip
     """In the compute type, rounded where the operators round."""
     compute = _compute_dtype(sum_dtype)
     input_bias, colscale, rowscale = scales
@@ -121,7 +126,8 @@ def _composed(input, residual, call, scales, sum_dtype, norm, dims):
     if norm.rms:
         out = F.rms_norm(total.to(compute), shape, weight, norm.eps)
     else:
-        out = F.layer_norm(total.to(compute), shape, weight, bias, norm.eps)
+        eps: Any = norm.eps  # None for an RMS norm alone
+        out = F.layer_norm(total.to(compute), shape, weight, bias, eps)
     out = out.to(norm.dtype or input.dtype)
     return (out, total) if norm.return_sum else out
 
@@ -141,7 +147,8 @@ def run_activation(input: Tensor, activation: str, approximate: str, call: Call)
     scale = _call.scale_of(call.p)
     function = ACTIVATIONS[activation, approximate]
     strides = list(call.mask_strides or ())
-    return ops.activation(input, function, key, call.p, scale, strides, call.mask_offset)
+    out: Tensor = ops.activation(input, function, key, call.p, scale, strides, call.mask_offset)
+    return out
 
 
 def apply_activation(input: Tensor, activation: str, approximate: str) -> Tensor:

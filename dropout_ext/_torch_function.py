@@ -2,14 +2,19 @@
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ._call import check_tensor
 
+Function = TypeVar("Function", bound=Callable[..., Tensor])
 
-def overridden(function, input, arguments):
+
+def overridden(function: Callable[..., Tensor], input: Any, arguments: dict[str, Any]) -> Any:
     """The call as the `__torch_function__` of `input` has it, all arguments by keyword."""
     if isinstance(input, torch.fx.Proxy) and input.tracer.module_stack:
         # A module of ours is a leaf of torch.fx.symbolic_trace, as those of torch.nn are, so that
@@ -21,18 +26,18 @@ def overridden(function, input, arguments):
     return handle_torch_function(function, (input,), input, **arguments)
 
 
-def overridable(function):
+def overridable(function: Function) -> Function:
     """A function of tensors that first asks what stands for one, as those of torch.nn do."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
     defaults = {parameter.name: parameter.default for parameter in parameters}
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(function)
-    def public(input, *args, **kwargs):
+    def public(input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if has_torch_function_unary(input) and len(args) <= len(positional):
             given = dict(zip(positional, args, strict=False))
             return overridden(public, input, defaults | given | kwargs)
         check_tensor(input)
         return function(input, *args, **kwargs)
 
-    return public
+    return cast(Function, public)

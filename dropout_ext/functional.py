@@ -117,7 +117,8 @@ def dropout(
             "broadcast_dims": broadcast_dims, "mask_strides": mask_strides,
             "mask_offset": mask_offset,
         }  # fmt: skip
-        return overridden(dropout, input, arguments)
+        result: Tensor = overridden(dropout, input, arguments)
+        return result
     check_tensor(input)
     call = Call(p, training, inplace, key, generator, mask_offset=mask_offset)
     if broadcast_dims is not None or mask_strides is not None:
@@ -602,11 +603,12 @@ def scaled_dot_product_attention(
     """
     tensors = (query, key, value, attn_mask)
     if has_torch_function(tensors):
-        return handle_torch_function(
+        out: Tensor = handle_torch_function(
             scaled_dot_product_attention, tensors, *tensors, dropout_p=dropout_p,
             is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, dropout_key=dropout_key,
             generator=generator,
         )  # fmt: skip
+        return out
     function = "scaled_dot_product_attention()"
     check_tensor(query, function, "query")
     check_tensor(key, function, "key")
@@ -672,9 +674,10 @@ def keep_mask(
         strides = _geometry.row_major(shape)
     if device is not None:
         device = torch.device(device)
-    return _ops.ops.keep_mask(
+    mask: Tensor = _ops.ops.keep_mask(
         key, p, shape, strides, _geometry.wrap_offset(mask_offset), device=device
     )
+    return mask
 
 
 def _deprecated(name: str, dim: int, spatial: int, accepted: str) -> str:

@@ -4,7 +4,8 @@ training and in evaluation, with the mask that :func:`dropout_ext.dropout` has f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import _C, _geometry, _rows
 from ._call import Call, check_probability, check_source, check_tensor
 from ._keys import Keyed
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "ActivationDropout",
@@ -27,7 +31,9 @@ __all__ = [
 ]
 
 
-def _strides(input, broadcast_dims, mask_strides):
+def _strides(
+    input: Tensor, broadcast_dims: Sequence[int] | None, mask_strides: Sequence[int] | None
+) -> list[int] | None:
     if broadcast_dims is None and mask_strides is None:
         return None
     check_tensor(input)
@@ -115,13 +121,17 @@ def dropout_add(
         if out is not NotImplemented:
             return out
     call = Call(p, training, False, key, generator, None, None, 0.0, strides, mask_offset)
-    return _rows.run(input, residual, call, (input_bias, colscale, rowscale), dtype, None)
+    total: Tensor = _rows.run(input, residual, call, (input_bias, colscale, rowscale), dtype, None)
+    return total
 
 
 def _normed(
-    function, input, residual, p, training, norm, sum_dtype, input_bias, colscale, rowscale, key,
-    generator, broadcast_dims, mask_strides, mask_offset,
-):  # fmt: skip
+    function: Callable[..., Any], input: Tensor, residual: Tensor | None, p: float, training: bool,
+    norm: _rows.Norm, sum_dtype: torch.dtype | None, input_bias: Tensor | None,
+    colscale: Tensor | None, rowscale: Tensor | None, key: Tensor | None,
+    generator: torch.Generator | None, broadcast_dims: Sequence[int] | None,
+    mask_strides: Sequence[int] | None, mask_offset: int,
+) -> Any:  # fmt: skip
     tensors = (input, residual, norm.weight, norm.bias, input_bias, colscale, rowscale)
     if has_torch_function(tensors):
         given = {} if norm.rms else {"bias": norm.bias}
@@ -148,6 +158,39 @@ def _normed(
     return _rows.run(input, residual, call, (input_bias, colscale, rowscale), sum_dtype, norm)
 
 
+class _Options(TypedDict, total=False):
+    """The keywords of both norms but `return_sum`."""
+
+    dtype: torch.dtype | None
+    sum_dtype: torch.dtype | None
+    input_bias: Tensor | None
+    colscale: Tensor | None
+    rowscale: Tensor | None
+    key: Tensor | None
+    generator: torch.Generator | None
+    broadcast_dims: Sequence[int] | None
+    mask_strides: Sequence[int] | None
+    mask_offset: int
+
+
+@overload
+def dropout_add_layer_norm(
+    input: Tensor, residual: Tensor | None, normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, p: float = 0.5,
+    training: bool = True, *, return_sum: Literal[False] = False, **options: Unpack[_Options],
+) -> Tensor: ...  # fmt: skip
+@overload
+def dropout_add_layer_norm(
+    input: Tensor, residual: Tensor | None, normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, p: float = 0.5,
+    training: bool = True, *, return_sum: Literal[True], **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def dropout_add_layer_norm(
+    input: Tensor, residual: Tensor | None, normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, p: float = 0.5,
+    training: bool = True, *, return_sum: bool, **options: Unpack[_Options],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def dropout_add_layer_norm(
     input: Tensor,
     residual: Tensor | None,
@@ -233,12 +276,31 @@ def dropout_add_layer_norm(
         if out is not NotImplemented:
             return out
     norm = _rows.Norm(normalized_shape, weight, bias, eps, False, dtype, return_sum)
-    return _normed(
+    result: Tensor | tuple[Tensor, Tensor] = _normed(
         dropout_add_layer_norm, input, residual, p, training, norm, sum_dtype, input_bias, colscale,
         rowscale, key, generator, broadcast_dims, mask_strides, mask_offset,
     )  # fmt: skip
+    return result
 
 
+@overload
+def dropout_add_rms_norm(
+    input: Tensor, residual: Tensor | None, normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None, eps: float | None = None, p: float = 0.5, training: bool = True,
+    *, return_sum: Literal[False] = False, **options: Unpack[_Options],
+) -> Tensor: ...  # fmt: skip
+@overload
+def dropout_add_rms_norm(
+    input: Tensor, residual: Tensor | None, normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None, eps: float | None = None, p: float = 0.5, training: bool = True,
+    *, return_sum: Literal[True], **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def dropout_add_rms_norm(
+    input: Tensor, residual: Tensor | None, normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None, eps: float | None = None, p: float = 0.5, training: bool = True,
+    *, return_sum: bool, **options: Unpack[_Options],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def dropout_add_rms_norm(
     input: Tensor,
     residual: Tensor | None,
@@ -319,10 +381,11 @@ def dropout_add_rms_norm(
         if out is not NotImplemented:
             return out
     norm = _rows.Norm(normalized_shape, weight, None, eps, True, dtype, return_sum)
-    return _normed(
+    result: Tensor | tuple[Tensor, Tensor] = _normed(
         dropout_add_rms_norm, input, residual, p, training, norm, sum_dtype, input_bias, colscale,
         rowscale, key, generator, broadcast_dims, mask_strides, mask_offset,
     )  # fmt: skip
+    return result
 
 
 def activation_dropout(
@@ -585,10 +648,11 @@ class DropoutAddLayerNorm(_DropoutAddNorm, nn.LayerNorm):
         prenorm: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        shape: Any = normalized_shape  # nn.LayerNorm names fewer types than it takes
+        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
         self._set_dropout(p, prenorm, generator)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, input: Tensor, residual: Tensor | None = None, *, key: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Args:
@@ -646,10 +710,11 @@ class DropoutAddRMSNorm(_DropoutAddNorm, nn.RMSNorm):
         prenorm: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        shape: Any = normalized_shape
+        super().__init__(shape, eps, elementwise_affine, device, dtype)
         self._set_dropout(p, prenorm, generator)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, input: Tensor, residual: Tensor | None = None, *, key: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Args:

@@ -3,6 +3,7 @@ one, with the same arguments, and takes a `key` at the call.
 """
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 
-def _no_script(module: nn.Module):
+def _no_script(module: nn.Module) -> NoReturn:
     raise NotImplementedError(
         f"torch.jit.script cannot compile dropout_ext.{type(module).__name__}: use torch.export or "
         "torch.jit.trace, or put its torch.nn counterpart in its place"

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
@@ -19,9 +22,10 @@ __all__ = [
 
 
 def _dropout_add_norm(
-    function, x0, residual, norm, dropout_p, rowscale, layerscale, prenorm, residual_in_fp32,
-    return_dropout_mask,
-):  # fmt: skip
+    function: Callable[..., Any], x0: Tensor, residual: Tensor | None, norm: tuple[Any, ...],
+    dropout_p: float, rowscale: Tensor | None, layerscale: Tensor | None, prenorm: bool,
+    residual_in_fp32: bool, return_dropout_mask: bool,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     if residual is not None:
         sum_dtype = residual.dtype
     else:
@@ -35,7 +39,7 @@ def _dropout_add_norm(
         x0, residual, x0.shape[-1:], *norm, dropout_p, dropout_p > 0, return_sum=True,
         sum_dtype=sum_dtype, rowscale=rowscale, colscale=layerscale, key=key,
     )  # fmt: skip
-    out = (z, total) if prenorm else (z,)
+    out: tuple[Tensor, ...] = (z, total) if prenorm else (z,)
     if return_dropout_mask:
         if key is None:
             mask = torch.ones(x0.shape, dtype=torch.uint8, device=x0.device)
@@ -43,7 +47,7 @@ def _dropout_add_norm(
             mask = functional.keep_mask(x0.shape, dropout_p, key, device=x0.device)
             mask = mask.to(torch.uint8)
         out = (*out, mask)
-    return out if len(out) > 1 else z
+    return out if len(out) > 1 else out[0]
 
 
 def dropout_add_layer_norm(
@@ -208,7 +212,7 @@ class DropoutAddLayerNorm(_DropoutAddNorm):
         super().__init__(hidden_size, prenorm, p, eps, residual_in_fp32, device, dtype)
         self.bias = nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype))
 
-    def forward(self, x0: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x0: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         """Args:
         x0 (Tensor): what is dropped.
         residual (Tensor, optional): of its shape. Default: None
@@ -245,7 +249,7 @@ class DropoutAddRMSNorm(_DropoutAddNorm):
         tensor([[1., 1.]])
     """
 
-    def forward(self, x0: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x0: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         """Args:
         x0 (Tensor): what is dropped.
         residual (Tensor, optional): of its shape. Default: None

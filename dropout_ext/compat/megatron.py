@@ -12,7 +12,9 @@ __all__ = ["bias_dropout_add_fused_inference", "bias_dropout_add_fused_train",
            "get_bias_dropout_add"]  # fmt: skip
 
 
-def _bias_dropout_add(x_with_bias, residual, prob, training):
+def _bias_dropout_add(
+    x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float, training: bool
+) -> Tensor:
     x, bias = x_with_bias
     # As there: what follows, pipeline communication above all, relies on the dtype of x.
     residual = residual.to(x.dtype)
