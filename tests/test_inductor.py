@@ -265,7 +265,8 @@ def test_recomputed(where, key):
                 x = layer(x, w, k)
         return x
 
-    x, w = random_tensor((8, 16)).requires_grad_(), random_tensor((16, 16)).requires_grad_()
+    # In float64, where gelu's own rounding, vectorised or not, is far below what a wrong mask does.
+    x, w = (random_tensor((n, 16), torch.float64).requires_grad_() for n in (8, 16))
     budget = 0.1 if where == "budget" else 1.0
     with torch._functorch.config.patch(activation_memory_budget=budget):
         counts, y = operators(compiled(model), x, w, key)
@@ -273,7 +274,7 @@ def test_recomputed(where, key):
         assert "apply" not in counts
         actual = torch.autograd.grad(y.square().sum(), (x, w))
     expected = torch.autograd.grad(model(x, w, key).square().sum(), (x, w))
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize(("switch", "calls"), [("always", "keep_bits"), ("auto", "apply_")])
