@@ -167,6 +167,23 @@ def test_keep_mask(p):
             assert torch.equal(mask.cpu(), expected)
 
 
+@pytest.mark.parametrize("p", [0.0, 1e-7, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (9,), (128,), (5003,), (7, 256), (7, 24), (5, 9)])
+def test_keep_bits(shape, p):
+    """In one kernel or two, as bytes have their positions in one run of the mask."""
+    key = make_key(2**63 + 5, 2**40 + 3)
+    per_slice = reference.split(key, shape[0])
+    pitch = (*shape[1:], 1) if len(shape) == 1 else (shape[1] + 8, 1)
+    for keys in (key, per_slice) if shape[0] else (key,):
+        for strides in ((), pitch, tuple(reversed(pitch))):
+            for mask_offset in (0, 8, 3, 2**35 - 40, -9):
+                args = (p, shape, strides, mask_offset)
+                expected = reference.pack(reference.keep_mask(keys, *args).to(torch.uint8))
+                for k in (keys, keys.cuda()):
+                    bits = torch.ops.dropout_ext.keep_bits(k, *args, device="cuda")
+                    assert_same_bits(bits, expected)
+
+
 def test_geometry_changes_no_bits(geometry, key):
     tensors = [
         lay_out(layout, random_tensor((4, 6, 50, 21), dtype))
@@ -372,6 +389,7 @@ def test_no_synchronisation(key):
             torch.autograd.grad(y, x, gradient)
             dropout_ext.functional.alpha_dropout(x.detach(), 0.5, True, True, key=k)
         dropout_ext.keep_mask((100,), 0.5, key, device="cuda")
+        torch.ops.dropout_ext.keep_bits(key, 0.5, (100,), (), 0, device="cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -430,6 +448,11 @@ def test_masks_of_more_than_2_to_the_32_elements(key):
         expected = reference.keep_mask(key, 0.5, (8192,), (1,), begin)
         assert torch.equal(mask[begin : begin + 8192].cpu(), expected)
     del mask
+    bits = torch.ops.dropout_ext.keep_bits(key, 0.5, (n,), (), 0, device="cuda")
+    for begin in (0, 2**31 - 4096, 2**32 - 4096, n // 8 * 8 - 8192):
+        expected = reference.keep_mask(key, 0.5, (8192,), (1,), begin)
+        packed = reference.pack(expected.to(torch.uint8))
+        assert torch.equal(bits[begin // 8 : begin // 8 + 1024].cpu(), packed)
     # Rows and columns: an odd pitch, so that nothing merges, and positions past 2^32.
     shape = (65_600, 65_601)
     mask = dropout_ext.keep_mask(shape, 0.5, key, device="cuda", mask_strides=(70_000, 1))

@@ -38,7 +38,7 @@ def test_every_path_under_sanitizers(tmp_path):
     groups = [
         ["sizes", "alignments"],
         ["offsets", "geometry", "family", "random_maps", "many_dims", "slices"],
-        ["far_apart", "divisions", "keys", "launches"],
+        ["far_apart", "divisions", "keys", "launches", "bits"],
     ]
     with ThreadPoolExecutor(2) as pool:
         outputs = list(pool.map(lambda names: run(exe, *names), groups))
@@ -104,6 +104,24 @@ FAULTS = {
         "quotient = (__umul64hi(n, magic) + n) >> divisor.shift;",
         "quotient = __umul64hi(n, magic) >> divisor.shift;",
         "divisions",
+    ),
+    "tail overrun: bits": ("} else if (left >= kPositions) {", "} else if (left > 0) {", "bits"),
+    "bits after the last": ("exist < kBlock ? (1u <<", "exist < 0 ? (1u <<", "bits"),
+    "wrong counter: upper half of bits": (
+        "if (most_before({args, args.map.ndim - 1}, kBitsVector) == 0) {",
+        "if (args.map.mask_offset % kBlock == 0) {",
+        "bits",
+    ),
+    "wrong counter: index past its last bit": (
+        "keep_bits(block_words(key, index / kBlock), p.threshold);\n          bits",
+        "keep_bits(block_words(key, at.index / kBlock + b + (before != 0)), p.threshold);\n"
+        "          bits",
+        "bits",
+    ),
+    "a byte across runs": (
+        "return inner.mask_stride == 1 && (one_run || inner.size % positions == 0);",
+        "return inner.mask_stride == 1;",
+        "bits",
     ),
 }
 

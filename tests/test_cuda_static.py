@@ -20,6 +20,7 @@ needs_tools = pytest.mark.skipif(
 def test_the_table_is_complete():
     kernels = {
         "dropout": [dtype for dtype, _ in cuda_static.DTYPES.values()],
+        "keep_bits": ["aligned", "misaligned"],
         "add": ["float64", "float32", "float16", "bfloat16"],
         "activation": ["float32", "float16", "bfloat16"],
         "activation_backward": ["float32", "float16", "bfloat16"],
@@ -37,11 +38,12 @@ def test_the_table_is_complete():
 
 # `make cuda-static` does the same for every architecture.
 @needs_tools
-def test_kernels_of_one_architecture(tmp_path):
+@pytest.mark.parametrize(("name", "n"), [("apply", len(cuda_static.DTYPES)), ("keep_bits", 2)])
+def test_kernels_of_one_architecture(name, n, tmp_path):
     table = cuda_static.recorded()
-    (apply,) = (kernel for kernel in cuda_static.KERNELS if kernel.name == "apply.cu")
-    rows = cuda_static.measure(90, cuda_static.compile_cubin(90, apply, tmp_path))
-    assert len(rows) == len(cuda_static.DTYPES)
+    (source,) = (kernel for kernel in cuda_static.KERNELS if kernel.stem == name)
+    rows = cuda_static.measure(90, cuda_static.compile_cubin(90, source, tmp_path))
+    assert len(rows) == n
     for row in rows:
         worse, _ = cuda_static.compare(row, table[cuda_static.identity(row)])
         assert not worse
@@ -110,6 +112,11 @@ def test_counts_the_way_of_a_whole_tile():
     once = {"instructions": 9, "alu": 2, "wide_multiplies": 1}
     assert count(SASS) == once
     assert count(SASS, element_size=4) == {column: 2 * n for column, n in once.items()}
+
+
+def test_the_only_store_may_be_predicated():
+    narrow = SASS.replace("@!P1 STG.E.128", "@!P1 STG.E.U16")
+    assert count(narrow.replace(" STG.E.128", "@P1 STG.E.128")) == count(SASS)
 
 
 @pytest.mark.parametrize("store", ["STG.E.EF.128", "STG.E.128.STRONG.GPU", "STG.E.NA.128"])

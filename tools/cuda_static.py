@@ -54,6 +54,8 @@ EPILOGUES = {
     "ActivatedBackward": ("activation_backward", 2),
 }
 FLAT = re.compile(rf"flat_kernelI({'|'.join(DTYPES)})NS0_.*?\d({'|'.join(EPILOGUES)})E\w*Lb1EEE")
+# Whether they begin at a multiple of their number in the element index.
+BITS = re.compile(r"keep_bits_kernelILi16ELb([01])EEE")
 # The sum has the dtype of the input where that is not given again.
 NORM = re.compile(rf"(add_norm(?:_backward)?)_kernelI({'|'.join(DTYPES)})(\w*?)EEv")
 COLUMNS = ("nvcc", "arch", "kernel", "dtype", "registers", "instructions", "alu", "wide_multiplies")
@@ -168,9 +170,14 @@ def whole_tile(body: list[str]) -> list[str]:
     the block with the most 16-byte stores."""
     blocks = basic_blocks(body)
 
+    # Cache modifiers stand before the width or after it. A predicate is of an end, but where no
+    # store is without one.
+    store = re.compile(r"STG\.\S*128\b")
+    if not any(map(store.match, body)):
+        store = re.compile(r"@\S+\s+STG\.\S*128\b")
+
     def stores(block: Block) -> int:
-        # Cache modifiers stand before the width or after it.
-        return sum(bool(re.match(r"STG\.\S*128\b", line)) for line in block.instructions)
+        return sum(map(bool, map(store.match, block.instructions)))
 
     most = max(map(stores, blocks))
     ways = []
@@ -254,6 +261,10 @@ def measure(arch: int, cubin: Path) -> list[dict]:
             (dtype, size), (epilogue, inputs) = DTYPES[flat[1]], EPILOGUES[flat[2]]
             row |= {"kernel": epilogue, "dtype": dtype}
             counts = count_flat(f"sm_{arch}: {epilogue} of {dtype}", body, size, inputs)
+            rows.append(row | {column: f"{count:.2f}" for column, count in counts.items()})
+        elif bits := BITS.search(name):
+            row |= {"kernel": "keep_bits", "dtype": ("misaligned", "aligned")[int(bits[1])]}
+            counts = count_flat(f"sm_{arch}: {row['dtype']} keep_bits", body, 1 / 8)
             rows.append(row | {column: f"{count:.2f}" for column, count in counts.items()})
         elif norm := NORM.search(name):
             dtype, of_sum = DTYPES[norm[2]][0], DTYPES.get(norm[3], DTYPES[norm[2]])[0]

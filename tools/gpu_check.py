@@ -238,7 +238,7 @@ def every_kernel(device: str) -> Iterator[tuple[str, Tensor]]:
     import torch
 
     import dropout_ext
-    from dropout_ext import _C, dropout, keep_mask
+    from dropout_ext import _C, _reference, dropout, keep_mask
 
     key = dropout_ext.key(42)
     on_gpu = device != "cpu"
@@ -280,6 +280,10 @@ def every_kernel(device: str) -> Iterator[tuple[str, Tensor]]:
                     kwargs = {"device": device, "mask_strides": strides, "mask_offset": offset}
                     what = f"mask, {path}, {shape} from {offset}, wide {wide}"
                     yield what, keep_mask(shape, 0.5, key, **kwargs)
+                    args = (key, 0.5, shape, strides or (), offset)
+                    bits = torch.ops.dropout_ext.keep_bits(*args, device=device)
+                    # Bytes on the CPU.
+                    yield f"bits, {what}", bits if on_gpu else _reference.pack(bits)
     if on_gpu:
         _C._force_cuda_geometry(0, 0, False)
     x = torch.ones(300, 7, device=device)

@@ -42,6 +42,23 @@ inline void launch_apply(const ApplyArgs& args, const KeySource& keys, const Geo
   }
 }
 
+// The keep mask of a dense row-major tensor as bits: position i in bit i & 7 of byte i >> 3, zeros
+// after the last; args.out is aligned to 16 bytes. Where needs_bytes(args), `bytes` has room for a
+// byte for each position, aligned likewise, else it is null.
+void launch_keep_bits(const ApplyArgs& args, void* bytes, const KeySource& keys,
+                      const Geometry& geometry, CUstream_st* stream);
+
+constexpr int64_t kBitsVector = 128;  // in 16 bytes
+
+// Whether the 128 positions of 16 bytes, or the 8 of a byte, are in one run of consecutive element
+// indices, but for the last of a single run.
+inline bool in_vectors_of_bits(const ApplyArgs& args, int64_t positions = kBitsVector) {
+  const Dim& inner = args.map.dims[args.map.ndim - 1];
+  const bool one_run = args.map.ndim == 1 && args.slices == 1;
+  return inner.mask_stride == 1 && (one_run || inner.size % positions == 0);
+}
+inline bool needs_bytes(const ApplyArgs& args) { return !in_vectors_of_bits(args, kBlock); }
+
 // Keys and decisions of the mask are on the device, but for the single key of a mask without
 // `keys`.
 void launch_add_norm(const RowArgs& args, const Geometry& geometry, CUstream_st* stream);

@@ -60,6 +60,20 @@ void apply(const ApplyArgs& args, const at::Tensor& key, c10::Device device) {
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+void keep_bits(const ApplyArgs& args, const at::Tensor& key, c10::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
+  at::Tensor on_device, bytes;
+  const KeySource keys = key_source(key, device, on_device, stream.stream());
+  if (needs_bytes(args)) {
+    bytes = at::empty({args.slices * args.map.numel()},
+                      at::TensorOptions().dtype(at::kByte).device(device));
+  }
+  launch_keep_bits(args, bytes.defined() ? bytes.mutable_data_ptr() : nullptr, keys,
+                   forced_geometry, stream.stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 void add_norm(RowArgs args, const at::Tensor& key, c10::Device device) {
   const c10::cuda::CUDAGuard guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index());

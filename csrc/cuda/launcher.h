@@ -19,7 +19,11 @@ namespace dropout_ext::cuda {
 // launch arguments, so under graph capture it is a constant of the graph.
 void apply(const ApplyArgs& args, const at::Tensor& key, c10::Device device);
 
-// The same for whole rows, whose masks lack the keys; an undefined key keeps everything. One
+// The same for the keep mask of a dense row-major tensor, into the bits of args.out. One launch, or
+// two where the eight positions of a byte are not consecutive in the mask.
+void keep_bits(const ApplyArgs& args, const at::Tensor& key, c10::Device device);
+
+// As apply(), for whole rows, whose masks lack the keys; an undefined key keeps everything. One
 // launch, or two where the dtypes of input and output differ.
 void add_norm(RowArgs args, const at::Tensor& key, c10::Device device);
 // Two launches where there are gradients of weight or bias, else one.

@@ -40,17 +40,20 @@ void check_words(const char* function, const Tensor& key) {
 }  // namespace
 
 void check_key(const Tensor& key, const Tensor& input) {
+  check_key(key, input.sym_sizes(), input.device());
+}
+
+void check_key(const Tensor& key, c10::SymIntArrayRef sizes, c10::Device device) {
   check_words("dropout", key);
-  const auto sizes = key.sym_sizes();
-  const bool single = sizes.size() == 1 && sizes[0] == 2;
-  const bool batched =
-      sizes.size() == 2 && sizes[1] == 2 && input.dim() > 0 && sizes[0] == input.sym_size(0);
-  TORCH_CHECK_VALUE(single || batched, "dropout(): argument 'key' has shape ", sizes,
+  const auto shape = key.sym_sizes();
+  const bool single = shape.size() == 1 && shape[0] == 2;
+  const bool batched = shape.size() == 2 && shape[1] == 2 && !sizes.empty() && shape[0] == sizes[0];
+  TORCH_CHECK_VALUE(single || batched, "dropout(): argument 'key' has shape ", shape,
                     ", but accepted are (2,) and, for one key per slice of dimension 0, (",
-                    input.dim() > 0 ? input.sym_size(0) : SymInt(0), ", 2)");
-  TORCH_CHECK_VALUE(key.device().is_cpu() || key.device() == input.device(),
+                    sizes.empty() ? SymInt(0) : sizes[0], ", 2)");
+  TORCH_CHECK_VALUE(key.device().is_cpu() || key.device() == device,
                     "dropout(): argument 'key' is on ", key.device(),
-                    ", but accepted are the CPU and the device of the input, ", input.device());
+                    ", but accepted are the CPU and the device of the input, ", device);
 }
 
 void check_mask_strides(const Tensor& input, int64_t n_strides) {

@@ -14,6 +14,8 @@ void check_probability(double p);
 void check_input(const at::Tensor& input, bool linear);
 // `input` as for apply: what the key's device and, for keys of shape (n, 2), its n must match.
 void check_key(const at::Tensor& key, const at::Tensor& input);
+// For an input of these sizes that is not there.
+void check_key(const at::Tensor& key, c10::SymIntArrayRef sizes, c10::Device device);
 // In place: no memory that several elements share, no leaf that requires grad, and no inference
 // tensor outside of inference mode.
 void check_writable(const at::Tensor& input);

@@ -181,7 +181,32 @@ Tensor keep_mask_kernel(const Tensor& key, double p, SymIntArrayRef size,
       .to(to);
 }
 
-// Bit i & 7 of byte i >> 3 is decision i.
+// Bit i & 7 of byte i >> 3 is decision i, and bits after the last are 0.
+#ifdef DROPOUT_EXT_WITH_CUDA
+Tensor bits_on_cuda(const Tensor& key, double p, SymIntArrayRef size, SymIntArrayRef mask_strides,
+                    const SymInt& mask_offset, at::Device device) {
+  // Stands for the mask, which is not stored.
+  const Tensor mask =
+      at::empty_symint(size, at::TensorOptions().dtype(at::kBool).device(at::kMeta));
+  const Tensor bits = at::empty({mask.numel() / 8 + (mask.numel() % 8 != 0)},
+                                at::TensorOptions().dtype(at::kByte).device(device));
+  check_probability(p);
+  check_key(key, size, bits.device());
+  check_mask_strides(mask, static_cast<int64_t>(mask_strides.size()));
+  if (mask.numel() == 0) return bits;
+  if (keeps_nothing(threshold(p))) return bits.zero_();
+  ApplyArgs args;
+  args.in = nullptr;
+  args.out = bits.mutable_data_ptr();
+  args.dtype = Dtype::kBool;
+  args.epilogue = Epilogue::kKeepMask;
+  args.threshold = static_cast<uint32_t>(threshold(p));
+  set_map(args, {}, {}, mask, key.dim() == 2, mask_strides, mask_offset);
+  cuda::keep_bits(args, key.contiguous(), bits.device());
+  return bits;
+}
+#endif
+
 Tensor packed(const Tensor& bytes) {
   const int64_t rest = -bytes.numel() & 7;
   const Tensor blocks = at::constant_pad_nd(bytes.flatten(), {0, rest}).view({-1, 8});
@@ -193,6 +218,9 @@ Tensor keep_bits_kernel(const Tensor& key, double p, SymIntArrayRef size,
                         SymIntArrayRef mask_strides, SymInt mask_offset,
                         std::optional<at::Device> device) {
   const at::Device to = device.value_or(key.device());
+#ifdef DROPOUT_EXT_WITH_CUDA
+  if (to.is_cuda()) return bits_on_cuda(key, p, size, mask_strides, mask_offset, to);
+#endif
   const Tensor bytes =
       decisions(key, p, size, mask_strides, std::move(mask_offset), at::kByte, with_kernel(to));
   return to.is_cpu() ? bytes : packed(bytes).to(to);

@@ -91,6 +91,8 @@ struct Call {
   cuda::Geometry geometry;
 };
 
+bool is_canary(char byte) { return static_cast<unsigned char>(byte) == 0xa5; }
+
 // Memory whose ends are watched: by canaries, and to the byte by AddressSanitizer.
 struct Buffer {
   static constexpr size_t kPad = 32;
@@ -121,6 +123,11 @@ struct Buffer {
 #endif
   }
   char* data() { return raw + begin; }
+  bool is_intact() {
+    open();
+    return std::all_of(raw, data(), is_canary) &&
+           std::all_of(raw + size - kEnd, raw + size, is_canary);
+  }
 };
 
 void fill(Buffer& buffer, Dtype dtype) {
@@ -310,21 +317,13 @@ void check(Call call) {
       }
     }
   }
-  in.open();
-  in2.open();
-  out.open();
-  const auto canary = [](char byte) { return static_cast<unsigned char>(byte) == 0xa5; };
   for (Buffer* buffer : {&in, &in2, &out}) {
-    const char* end = buffer->raw + buffer->size;
-    if (!std::all_of(buffer->raw, buffer->data(), canary) ||
-        !std::all_of(end - Buffer::kEnd, end, canary)) {
-      mismatch(call, "write outside", 0, 0, 0, 0, 0);
-    }
+    if (!buffer->is_intact()) mismatch(call, "write outside", 0, 0, 0, 0, 0);
   }
   for (size_t i = 0; i < written.size(); ++i) {
     const char* element = to.data() + i * bytes;
     const bool kept = call.in_place ? std::memcmp(element, before.data() + i * bytes, bytes) == 0
-                                    : std::all_of(element, element + bytes, canary);
+                                    : std::all_of(element, element + bytes, is_canary);
     if (!written[i] && !kept) {
       mismatch(call, "write between", 0, static_cast<int64_t>(i), 0, 0, 0);
     }
@@ -545,6 +544,98 @@ void random_maps() {
   }
 }
 
+// The mask of a dense row-major tensor as bits: sizes and mask strides of `mask`, whose first
+// dimension chooses the key where there are several.
+void check_bits(std::vector<std::pair<int64_t, uint64_t>> mask, uint64_t mask_offset,
+                size_t n_keys = 1, cuda::Geometry geometry = {}, uint32_t threshold = kHalf) {
+  Call call;
+  call.dtype = Dtype::kBool;
+  call.mask_offset = mask_offset;
+  call.threshold = threshold;
+  call.geometry = geometry;
+  call.keys.resize(n_keys);
+  for (Key& key : call.keys) key = {rng(), rng()};
+  int64_t positions = 1;
+  for (size_t d = mask.size(); d-- > 0;) {
+    const auto [size, stride] = mask[d];
+    if (d == 0 && n_keys > 1) {
+      call.slice_in_stride = call.slice_out_stride = positions;
+      call.slice_mask_stride = stride;
+    } else {
+      call.dims.insert(call.dims.begin(), {size, positions, positions, stride});
+    }
+    positions *= size;
+  }
+  Buffer bits(static_cast<size_t>(cuda::ceil_div(positions, 8)), 0);
+  const ApplyArgs args = arguments(call, nullptr, nullptr, bits.data());
+  std::unique_ptr<Buffer> bytes;
+  if (cuda::needs_bytes(args)) bytes = std::make_unique<Buffer>(positions, 0);
+  std::vector<uint64_t> words;
+  for (const Key& key : call.keys) words.insert(words.end(), {key.seed, key.offset});
+  const bool on_device = n_keys > 1 || pick(0, 1) == 0;
+  cuda::launch_keep_bits(args, bytes ? bytes->data() : nullptr,
+                         {call.keys[0], on_device ? words.data() : nullptr}, geometry, nullptr);
+  for (int64_t i = 0; i < cuda::ceil_div(positions, 8) * 8; ++i) {
+    uint64_t index = mask_offset;
+    int64_t rest = i, slice = 0;
+    for (size_t d = mask.size(); d-- > 0;) {
+      slice = rest % mask[d].first;
+      index += static_cast<uint64_t>(slice) * mask[d].second;
+      rest /= mask[d].first;
+    }
+    const Key key = call.keys[n_keys > 1 ? static_cast<size_t>(slice) : 0];
+    const bool want = i < positions && keep(key, index, threshold);
+    const bool got = bits.data()[i / 8] >> (i % 8) & 1;
+    if (want != got) mismatch(call, "bit", 0, i, index, want, got);
+    ++checked;
+  }
+  if (!bits.is_intact() || (bytes && !bytes->is_intact())) {
+    mismatch(call, "write outside", 0, 0, 0, 0, 0);
+  }
+}
+
+void bits() {
+  for (int64_t size = 1; size < 3000; size += size < 300 ? 1 : 37) {
+    check_bits({{size, 1}}, size % 3 == 0 ? 0 : some_offset(), 1, {}, size % 5 ? kHalf : 0);
+  }
+  for (const uint64_t around : {uint64_t{1} << 32, uint64_t{1} << 35, uint64_t{0}}) {
+    for (uint64_t past = 0; past < 600; past += past < 20 ? 1 : 4) {
+      check_bits({{300, 1}}, around - past);
+    }
+  }
+  for (const int64_t blocks : {0, 1, 3}) {
+    for (const int64_t threads : {32, 256}) {
+      const cuda::Geometry geometry{blocks, threads, false};
+      for (const uint64_t offset : {0, 5}) {
+        check_bits({{50003, 1}}, offset, 1, geometry);
+        check_bits({{33, 4096}, {1000, 1}}, offset, 1, geometry);
+        check_bits({{33, 1}, {1000, 40}}, offset, 1, geometry);
+        check_bits({{40, 999}, {256, 1}}, offset, 40, geometry);
+      }
+    }
+  }
+  check_bits({{65540, 8}, {8, 1}}, 0, 65540, {0, 32, false});  // more slices than a grid has rows
+  check_bits({{2, 0}, {3, 1}, {0x101, 7}}, 3);
+  for (int round = 0; round < 1500; ++round) {
+    std::vector<std::pair<int64_t, uint64_t>> mask(static_cast<size_t>(pick(1, 5)));
+    uint64_t stride = pick(0, 5) == 0 ? rng() : 1;
+    int64_t positions = 1;
+    for (size_t d = mask.size(); d-- > 0;) {
+      const int64_t size = one_of<int64_t>({1, 2, 3, 8, 24, 64, 97, 128, 256, 300});
+      mask[d] = {std::min(size, std::max<int64_t>(1, 3000 / positions)), stride};
+      positions *= mask[d].first;
+      stride *= static_cast<uint64_t>(mask[d].first);
+      if (pick(0, 2) == 0) stride += one_of<uint64_t>({1, 8, 128});
+      if (pick(0, 6) == 0) mask[d].second = 0;
+    }
+    if (pick(0, 3) == 0) std::swap(mask.front().second, mask.back().second);
+    const bool keys = pick(0, 2) == 0;
+    const cuda::Geometry geometry{one_of<int64_t>({0, 1}), one_of<int64_t>({0, 32}), false};
+    check_bits(mask, some_offset(), keys ? static_cast<size_t>(mask[0].first) : 1, geometry,
+               one_of<uint32_t>({0, 1, kHalf, 429496730, 0xffffffff}));
+  }
+}
+
 // More slices than a grid has rows: the loop over slices.
 void slices() {
   Call call = flat(Dtype::kFloat32, 3);
@@ -673,6 +764,7 @@ constexpr Group kGroups[] = {
     {"many_dims", many_dims}, {"slices", slices},
     {"far_apart", far_apart}, {"divisions", divisions},
     {"keys", keys},           {"launches", launches},
+    {"bits", bits},
 };
 
 }  // namespace

@@ -8,4 +8,5 @@
 #include "../../csrc/cuda/add_norm.cu"
 #include "../../csrc/cuda/add_norm_backward.cu"
 #include "../../csrc/cuda/apply.cu"
+#include "../../csrc/cuda/keep_bits.cu"
 #include "../../csrc/cuda/keys.cu"
