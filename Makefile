@@ -2,14 +2,19 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_CUDA ?= torch==2.11.0
 TORCH_NEWEST ?= torch==2.14.1
+# The one that TORCH is released with.
+TRITON ?= triton==3.7.1
 VENV ?= .venv
 VENV_CUDA ?= .venv-cuda
+# Files of Triton alone: torch.compile in VENV is to find none.
+TRITON_FILES ?= .venv-triton
 ARGS ?=
 CALLS ?= 20000
 
 PY := $(VENV)/bin/python
 # Stamps carry the torch they stand for, so that TORCH=... installs and builds anew.
 INSTALLED := $(VENV)/.installed-$(subst /,-,$(subst =,-,$(TORCH)))
+INSTALLED_TRITON := $(TRITON_FILES)/.installed-$(subst /,-,$(subst =,-,$(TRITON)))
 BUILT := build/.built$(if $(filter 1,$(DROPOUT_EXT_DEBUG)),-debug)
 CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # What a CUDA build without a GPU can show of itself, and what differs between versions of torch;
@@ -56,7 +61,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help build test fuzz sanitize bench bench-compare stats plots demo lint format cuda-build \
-  cuda-static newest gpu-check wheel dist clean distclean tidy
+  cuda-static triton-static newest gpu-check wheel dist clean distclean tidy
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -142,6 +147,15 @@ newest: ## build and test with the newest torch, without CUDA
 cuda-static: build ## compile the kernels for every architecture; compare their instruction counts
 	$(PY) tools/cuda_static.py --check $(ARGS)
 
+$(INSTALLED_TRITON): $(INSTALLED)
+	rm -rf $(TRITON_FILES)
+	$(PY) -m pip install -q --no-deps --target $(TRITON_FILES) "$(TRITON)"
+	@touch $@
+
+triton-static: build $(INSTALLED_TRITON) ## what torch.compile writes for CUDA: run its masks, compare its instruction counts
+	PYTHONPATH=$(TRITON_FILES) TRITON_INTERPRET=1 $(PY) -m tools.triton_bits
+	PYTHONPATH=$(TRITON_FILES) $(PY) -m tools.triton_static --check $(ARGS)
+
 # torch's own libraries, and CUDA's, are those of the torch that is installed beside the wheel.
 wheel: build ## sdist, and from it a wheel named for its torch; installed and checked in a new environment
 	@rm -rf build/dist && mkdir -p build
@@ -174,4 +188,4 @@ clean: ## remove what was built
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the virtual environments too
-	rm -rf $(VENV) $(VENV_CUDA) .venv-newest
+	rm -rf $(VENV) $(VENV_CUDA) $(TRITON_FILES) .venv-newest
