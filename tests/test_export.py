@@ -189,8 +189,8 @@ def test_fake_tensors(name, device, inside):
     make, shape = MODULES[name]
     module = make(0.5)
     mode = FakeTensorMode()
-    # Autograd of a fake CUDA tensor aborts in a build without CUDA, whatever the operator.
-    grad = device == "cpu" or torch.backends.cuda.is_built()
+    # Autograd of a fake CUDA tensor needs a driver, whatever the operator.
+    grad = device == "cpu" or torch.cuda.is_available()
     with mode:
         x = torch.empty(shape, device=device, dtype=torch.bfloat16, requires_grad=grad)
         key = torch.empty(2, dtype=torch.int64)

@@ -655,6 +655,7 @@ def test_eval_is_that_without_the_fast_path(case):
 
 @pytest.mark.parametrize("name", ["BERT, sdpa", "GPT-2, sdpa"])
 def test_eval_of_transformers(name):
+    pytest.importorskip("transformers")
     model, inputs = MODELS[name].build(P, SMALL).eval(), MODELS[name].batch(SMALL, 0)[0]
     with torch.no_grad():
         expected = model(inputs)
