@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from . import _fuse, fused, modules
+from . import _fuse, _paths, fused, modules
 from .compat import flash_attn
 
 __all__ = ["DropoutSummary", "SummaryRow", "convert", "dropout_summary", "revert"]
@@ -26,12 +26,14 @@ _EXTRA = ("generator", "broadcast_dims")  # what the modules of torch.nn lack
 
 
 def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
-    """Turns every dropout module of `torch.nn` in `model` into ours, in place; returns `model`.
+    """Turns every dropout module of `torch.nn` in `model` into ours, in place; returns `model`; and
+    DropPath and StochasticDepth of timm, torchvision and transformers, known by their code.
 
     Only the class of a module changes, so its identity, p, inplace, training flag, hooks, names in
-    the state dict and places of use stay. Subclasses of `torch.nn` classes are left alone, as are
-    scripted modules and modules whose instance has a `forward` of its own: `dropout_summary` lists
-    them. Functional calls are no modules: see `dropout_ext.override`.
+    the state dict and places of use stay, and it is still an instance of its former class.
+    Subclasses of `torch.nn` classes are left alone, as are scripted modules and modules whose
+    instance has a `forward` of its own: `dropout_summary` lists them. Functional calls are no
+    modules: see `dropout_ext.override`.
 
     With `fuse`, `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer` and the modules of
     transformers that end in dropout, sum and layer norm as BERT's do run dropout in one pass with
@@ -65,8 +67,8 @@ def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
         <class 'dropout_ext.modules.Dropout'>
     """
     for module in _modules("convert", model):
-        if _obstacle(module) is None and type(module) in _OURS:
-            module.__class__ = _OURS[type(module)]
+        if _obstacle(module) is None and (ours := _class_of_ours(module)):
+            module.__class__ = ours
         if fuse and _obstacle(module) is None and (kind := _fuse.fused_class(type(module))):
             module.__class__ = kind
     return model
@@ -76,8 +78,8 @@ def revert(model: nn.Module) -> nn.Module:
     """Undoes `convert`, in place; returns `model`.
 
     It takes modules of ours that were constructed as such for converted ones. Left alone is what
-    `torch.nn` has no counterpart of: DropPath, LockedDropout, and modules with a generator or with
-    shared dimensions.
+    `torch.nn` has no counterpart of: our DropPath, LockedDropout, and modules with a generator or
+    with shared dimensions.
 
     Args:
         model (torch.nn.Module): the model, or a single dropout module.
@@ -96,9 +98,17 @@ def revert(model: nn.Module) -> nn.Module:
     for module in _modules("revert", model):
         if type(module) in _TORCH and not any(vars(module).get(name) for name in _EXTRA):
             module.__class__ = _TORCH[type(module)]
-        elif _fuse.is_fused(module):
+        elif _fuse.is_fused(module) or _is_converted_path(module):
             module.__class__ = module._original
     return model
+
+
+def _class_of_ours(module: nn.Module) -> type[nn.Module] | None:
+    return _OURS.get(type(module)) or _paths.converted_class(type(module))
+
+
+def _is_converted_path(module: nn.Module) -> bool:
+    return isinstance(module, _paths.Converted) and module.generator is None
 
 
 class SummaryRow(NamedTuple):
@@ -176,7 +186,7 @@ def dropout_summary(model: nn.Module) -> DropoutSummary:
             state, reason = "converted", ""
         elif _fuse.is_fused(module):
             state, reason = "fused", module.why_unfused()
-        elif type(module) in _OURS:
+        elif _class_of_ours(module):
             reason = _obstacle(module)
             state, reason = ("to convert", "") if reason is None else ("left", reason)
         elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
@@ -213,7 +223,7 @@ def is_dropout(module: nn.Module) -> bool:
 
 # Parts of the names of modules that draw by torch.rand or Tensor.bernoulli_, which convert cannot
 # replace and override does not see, and what is to be said of them.
-_PATH = "draws by itself, out of reach: dropout_ext.DropPath does the same"
+_PATH = "draws by itself, by code that is not known: dropout_ext.DropPath drops whole samples"
 _OWN_DRAWS = {
     "droppath": _PATH,
     "stochasticdepth": _PATH,
@@ -265,6 +275,8 @@ def _obstacle(module: nn.Module) -> str | None:
         return "scripted: convert before torch.jit.script"
     if "forward" in vars(module):
         return "its instance has a forward of its own, which a new class would not change"
+    if _paths.converted_class(type(module)):
+        return _paths.obstacle(module)
     return None
 
 
