@@ -37,10 +37,10 @@ def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
 
     With `fuse`, `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer` and the modules of
     transformers that end in dropout, sum and layer norm as BERT's do run dropout in one pass with
-    the sum and the norm, or with the activation, before or after it: on the CPU, while it drops, on
-    plain tensors of one dtype. The masks are those of the unfused model under the same seed, and
-    results are rounded less often. Where a module in between has hooks, another class or a
-    `forward` of its own, it is called as before; evaluation is the original's to the bit.
+    the sum and the norm, or with the activation, before or after it: on the CPU and CUDA, while it
+    drops, on plain tensors of one dtype. The masks are those of the unfused model under the same
+    seed, and results are rounded less often. Where a module in between has hooks, another class or
+    a `forward` of its own, it is called as before; evaluation is the original's to the bit.
 
     A model under `torch.compile` is compiled anew at its next call. DistributedDataParallel and
     FSDP keep working, before and after wrapping; only a dropout module that is itself an argument

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 from torch.nn.parameter import Buffer, Parameter
 
-from . import fused, modules
+from . import _C, fused, modules
 
 _PLAIN_TENSORS = (Tensor, Parameter, Buffer)
+_KERNELS = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -54,13 +55,15 @@ def _fuses(drop: nn.Module, *tensors: Tensor | None) -> bool:
 
 
 def _one_type(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether they are plain tensors on the CPU, of one dtype."""
-    if type(first) not in _PLAIN_TENSORS or not first.is_cpu or not first.is_floating_point():
+    """Whether they are plain tensors of one dtype on one device that has kernels for them."""
+    if type(first) not in _PLAIN_TENSORS or not first.is_floating_point() or first.is_nested:
         return False
-    return (
-        not first.is_nested
-        and not torch.is_autocast_enabled("cpu")
-        and all(t is None or (type(t) in _PLAIN_TENSORS and t.dtype == first.dtype) for t in others)
+    device = first.device
+    if device.type not in _KERNELS or torch.is_autocast_enabled(device.type):
+        return False
+    return all(
+        t is None or (type(t) in _PLAIN_TENSORS and t.dtype == first.dtype and t.device == device)
+        for t in others
     )
 
 
