@@ -15,7 +15,7 @@ SEEDS, STEPS, TAIL = 6, 12, 4
 
 
 def build(name, p=0.2):
-    if name.startswith(("BERT", "GPT-2")):
+    if name.startswith(("BERT", "GPT-2", "ViT")):
         pytest.importorskip("transformers")
     return MODELS[name].build(p, SMALL)
 
