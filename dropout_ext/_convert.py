@@ -69,7 +69,8 @@ def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
     for module in _modules("convert", model):
         if _obstacle(module) is None and (ours := _class_of_ours(module)):
             module.__class__ = ours
-        if fuse and _obstacle(module) is None and (kind := _fuse.fused_class(type(module))):
+    for module in model.modules() if fuse else ():  # their children are converted by now
+        if _obstacle(module) is None and (kind := _fuse.fused_class(module)):
             module.__class__ = kind
     return model
 

@@ -26,8 +26,12 @@ class Converted(modules.DropPath):
     def _drop(self, input: Tensor, **source) -> Tensor:
         return functional.drop_path(input, self.drop_prob, self.training, **source)
 
+    def _is_scaled_rows(self) -> bool:
+        return True
+
     def __reduce_ex__(self, protocol):
-        return _rebuild, (self._original,), self.__getstate__()
+        _, _, *state = super().__reduce_ex__(2)
+        return _rebuild, (self._original,), *state
 
 
 class _WithScale(Converted):
@@ -36,6 +40,9 @@ class _WithScale(Converted):
     def _drop(self, input: Tensor, **source) -> Tensor:
         p, scales = self.drop_prob, self.scale_by_keep
         return functional.drop_path(input, p, self.training, scales, **source)
+
+    def _is_scaled_rows(self) -> bool:
+        return self.scale_by_keep
 
 
 class _WithMode(Converted):
@@ -53,6 +60,9 @@ class _WithMode(Converted):
                 f"StochasticDepth: mode is {self.mode!r}, but accepted are 'batch' and 'row'"
             )
         return _drop_batch(input, self.p, self.training, **source)
+
+    def _is_scaled_rows(self) -> bool:
+        return self.mode == "row"
 
 
 @overridable
@@ -112,7 +122,9 @@ def converted_class(original: type[nn.Module]) -> type[Converted] | None:
         "extra_repr": original.extra_repr,
         "_original": original,
     }
-    return type(original.__name__, (kind, original), namespace)
+    converted = type(original.__name__, (kind, original), namespace)
+    converted._itself = converted
+    return converted
 
 
 def obstacle(module: nn.Module) -> str | None:

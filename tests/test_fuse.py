@@ -75,8 +75,8 @@ CASES = {
         1,
         {"add_norm", "activation"},
     ),
-    "encoder, silu, no bias": (
-        functools.partial(encoder, activation=nn.functional.silu, bias=False),
+    "encoder, elu, no bias": (
+        functools.partial(encoder, activation=nn.functional.elu, bias=False),
         1,
         {"add_norm", "apply"},
     ),
