@@ -229,7 +229,7 @@ class _Rewriter:
     def _find_sum(self, statements) -> _Sum | None:
         name, value = _assigned(statements[0])
         drop = self._drop(value)
-        if drop is not None and len(statements) > 1 and isinstance(drop.of, ast.Name):
+        if drop is not None and len(statements) > 1:
             target, total = _assigned(statements[1], returned=True)
             norm, total = self._method(total, "norm") or (None, total)
             if target in (name, None):  # else the variable keeps what was dropped
@@ -250,11 +250,13 @@ class _Rewriter:
             return None
         length, drop, residual, result, norm = found
         first, original = statements[0], statements[:length]
-        before, of = [], drop.of
+        before, after, of = [], [], drop.of
         if not _is_name(of):
             of = ast.Name("_dropped", ast.Load())
             before = [_at(first, ast.Assign([ast.Name(of.id, ast.Store())], drop.of))]
-            original = [_Replace(drop.of, of).visit(first)]
+            if result is not None:  # it would hold memory
+                after = [_at(first, ast.Delete([ast.Name(of.id, ast.Del())]))]
+            original = [_Replace(drop.of, of).visit(first), *original[1:]]
         fusion = f"{self.self}.{FUSION}"
         arguments = f"{drop.text}, {of.id}, {residual}"
         outcome = "return" if result is None else f"{result} ="
@@ -286,7 +288,7 @@ class _Rewriter:
             condition = ast.parse(way.condition, mode="eval").body
             body = [_at(first, statement) for statement in body]
             new = [ast.If(_at(first, condition), body, new, lineno=first.lineno, col_offset=0)]
-        return length, [*before, *new]
+        return length, [*before, *new, *after]
 
     def _normalized(self, statements, total: str):
         """Of `[renamed = total;] target = self.norm(total)` the norm, target, renamed, and how many
