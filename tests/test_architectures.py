@@ -7,7 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import assert_same_bits
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dropout_ext
@@ -203,3 +205,94 @@ def test_draws_are_counted():
     with dropout_ext.override(), Draws() as draws:
         output(model, inputs)
     assert draws.theirs == {"aten::rand": config.num_hidden_layers}
+
+
+def gradients(model, inputs):
+    torch.manual_seed(5)
+    model.zero_grad()
+    with dropout_ext.override():
+        output(model, inputs).square().mean().backward()
+    # A pooler takes no part; compiled, its gradient is zero.
+    return [p.grad for n, p in model.named_parameters() if "pooler" not in n and p.grad is not None]
+
+
+@pytest.mark.parametrize("name", ["Bert", "Bart", "T5", "ViT", "Swin"])
+def test_gradient_checkpointing(name):
+    """Layers are run again, which their forward decides by being the class's own."""
+    model, inputs, _ = build(name)
+    model = dropout_ext.convert(model, fuse=True)
+    calls = Counter()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, *_: calls.update([module]))
+    expected = gradients(model, inputs)
+    once = calls.copy()
+    calls.clear()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for a, b in zip(gradients(model, inputs), expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert any(calls[module] == 2 * n for module, n in once.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Bert", "Bart", "T5", "ViT"])
+def test_compiled(name):
+    torch.compiler.reset()
+    model, inputs, _ = build(name)
+    model = dropout_ext.convert(model, fuse=True)
+    expected = gradients(model, inputs)
+    model.compile(backend="aot_eager")
+    for a, b in zip(gradients(model, inputs), expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def layers(model):
+    return [m for m in model.modules() if type(m).__name__.endswith(("EncoderLayer", "ViTLayer"))]
+
+
+@pytest.mark.parametrize("name", ["Bart", "ViT"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_sharded(process_group, name, order):
+    """Layers that are units of FSDP2, converted before that or after."""
+    model, inputs, fused = build(name)
+    expected = gradients(dropout_ext.convert(copy.deepcopy(model), fuse=True), inputs)
+    if order == "before":
+        dropout_ext.convert(model, fuse=True)
+    for layer in layers(model):
+        fully_shard(layer)
+    fully_shard(model)
+    if order == "after":
+        dropout_ext.convert(model, fuse=True)
+    with Draws() as draws:
+        actual = gradients(model, inputs)
+    assert draws.ours >= fused
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.allclose(a.full_tensor(), b, rtol=1e-4, atol=1e-6)
+
+
+def test_saved_and_loaded(tmp_path):
+    model, inputs, fused = build("Bart")
+    state = copy.deepcopy(model.state_dict())
+    model = dropout_ext.convert(model, fuse=True)
+    assert model.state_dict().keys() == state.keys()
+    expected = gradients(model, inputs)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    with Draws() as draws:
+        actual = gradients(again, inputs)
+    assert draws.ours >= fused
+    for a, b in zip(actual, expected, strict=True):
+        assert_same_bits(a, b)
+    model.save_pretrained(tmp_path / "pretrained")
+    plain = type(model).from_pretrained(tmp_path / "pretrained")
+    for name, value in plain.state_dict().items():
+        assert_same_bits(value, state[name])
+    kinds = [type(module) for module in dropout_ext.revert(model).modules()]
+    assert kinds == [type(module) for module in plain.modules()]
