@@ -109,7 +109,8 @@ def _class_of_ours(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _is_converted_path(module: nn.Module) -> bool:
-    return isinstance(module, _paths.Converted) and module.generator is None
+    kind = type(module)
+    return issubclass(kind, _paths.Converted) and kind is kind._itself and module.generator is None
 
 
 class SummaryRow(NamedTuple):

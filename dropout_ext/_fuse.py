@@ -83,6 +83,8 @@ def _one_type(first: Tensor, *others: Tensor | None) -> bool:
     """Whether they are plain tensors of one dtype on one device that has kernels for them."""
     if type(first) not in _PLAIN_TENSORS or not first.is_floating_point() or first.is_nested:
         return False
+    if first.layout is not torch.strided:
+        return False
     device = first.device
     if device.type not in _KERNELS or torch.is_autocast_enabled(device.type):
         return False
@@ -105,7 +107,16 @@ def _source(drop, input: Tensor) -> dict[str, object]:
 
 
 def adds(drop, input: Tensor, residual: Tensor) -> bool:
-    return _fuses(drop, input, residual) and input.shape == residual.shape
+    """Where both lie alike in memory, so does the sum, whichever comes first in it."""
+    return (
+        _fuses(drop, input, residual)
+        and input.shape == residual.shape
+        and (_contiguous(input, residual) or input.stride() == residual.stride())
+    )
+
+
+def _contiguous(*tensors: Tensor) -> bool:
+    return all(tensor.is_contiguous() for tensor in tensors)
 
 
 def add(drop, input: Tensor, residual: Tensor) -> Tensor:
@@ -118,6 +129,11 @@ def norms(norm: nn.Module, drop, input: Tensor, residual: Tensor) -> bool:
         and _fuses(drop, input, residual, norm.weight, norm.bias)
         and input.shape == residual.shape
     )
+
+
+def norms_sum(norm: nn.Module, drop, input: Tensor, residual: Tensor) -> bool:
+    """Of a sum that is used further, which is contiguous."""
+    return norms(norm, drop, input, residual) and _contiguous(input, residual)
 
 
 def add_norm(norm: nn.Module, drop, input: Tensor, residual: Tensor) -> Tensor:
@@ -184,14 +200,14 @@ class _Fused:
 def _reasons(module: nn.Module, place: _rewrite.Place):
     """(name, why it is called) of all that a fused call would pass over."""
     if place.drop is not None:
-        drop = getattr(module, place.drop)
+        drop = getattr(module, place.drop, None)
         if isinstance(drop, nn.Identity):  # nothing drops, nothing is to be fused
             return
         yield place.drop, _why_drop_called(drop)
     if place.norm is not None:
-        yield place.norm, _why_called(getattr(module, place.norm), nn.LayerNorm)
+        yield place.norm, _why_called(getattr(module, place.norm, None), nn.LayerNorm)
     if place.activation is not None:
-        activation = getattr(module, place.activation)
+        activation = getattr(module, place.activation, None)
         if _activation(activation) is None:
             kind = type(activation)
             why = _why_called(activation, kind) if isinstance(activation, nn.Module) else None
@@ -350,22 +366,26 @@ class _Rewritten(_Fused):
 _BY_CLASS = {kind._original: kind for kind in (TransformerEncoderLayer, TransformerDecoderLayer)}
 
 
-@functools.cache
 def _fused_class(original: type[nn.Module]) -> type[nn.Module] | None:
     if original in _BY_CLASS:
         return _BY_CLASS[original]
     if issubclass(original, _Fused) or type(original) is not type:
         return None
-    forward = _rewrite.rewritten(original.forward)
-    if forward is None:
+    return _with_forward(original, original.forward)
+
+
+@functools.cache
+def _with_forward(original: type[nn.Module], forward) -> type[nn.Module] | None:
+    new = _rewrite.rewritten(forward)
+    if new is None:
         return None
     namespace = {
         "__doc__": original.__doc__,
         "__module__": __name__,
         "_original": original,
-        "_places": forward.places,
+        "_places": new.places,
         _rewrite.FUSION: sys.modules[__name__],
-        "forward": forward.function,
+        "forward": new.function,
     }
     return type(original.__name__, (_Rewritten, original), namespace)
 
@@ -383,4 +403,5 @@ def _rebuild(original: type[nn.Module]) -> nn.Module:
 
 
 def is_fused(module: nn.Module) -> bool:
-    return isinstance(module, _Fused) and type(module) is _fused_class(module._original)
+    # A class that fully_shard has made of a fused one is another.
+    return isinstance(module, _Fused) and "_original" in vars(type(module))

@@ -96,12 +96,15 @@ _KNOWN = {
 }
 
 
-@functools.cache
 def converted_class(original: type[nn.Module]) -> type[Converted] | None:
     """The class of ours that does the same, None where it is not known what the original does."""
-    forward = getattr(original, "forward", None)
     if issubclass(original, modules.DropPath) or original.__call__ is not nn.Module.__call__:
         return None
+    return _with_forward(original, getattr(original, "forward", None))
+
+
+@functools.cache
+def _with_forward(original: type[nn.Module], forward) -> type[Converted] | None:
     # Reading source takes its time.
     code = getattr(forward, "__code__", None)
     if not {"drop_prob", "mode"} & set(getattr(code, "co_names", ())):

@@ -270,15 +270,17 @@ class _Rewriter:
             rest = statements[length : length + count]
             length, original = length + count, [*original, *rest]
             arguments = f"{self.self}.{norm}, {arguments}"
+            norms = "norms"
             if target == result and renamed is None:
                 fused = [f"{target} = {fusion}.add_norm({arguments})"]
             else:
+                norms = "norms_sum"
                 total = renamed if target == result else result
                 fused = [f"{target}, {total} = {fusion}.add_then_norm({arguments})"]
                 if renamed not in (None, total):
                     fused.append(f"{renamed} = {total}")
             add = _Way(add.condition, [*add.statements, *map(ast.unparse, rest)])
-            ways = [_Way(f"{fusion}.norms({arguments})", fused), add]
+            ways = [_Way(f"{fusion}.{norms}({arguments})", fused), add]
         else:
             ways = [add]
         self.places.append(Place(drop.attribute, norm=norm))

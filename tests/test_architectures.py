@@ -84,7 +84,7 @@ ARCHITECTURES = {
             "input_features": torch.linspace(-1, 1, 3 * 8 * 20).view(3, 8, 20),
             "decoder_input_ids": IDS,
         },
-        {"add", "add_norm", "activation"},
+        {"add", "activation"},  # no norms: the encoder's states are transposed in memory
     ),
     "T5": (T5, pair, {"add", "activation"}),
     "MT5": (T5 | {"feed_forward_proj": "gated-gelu"}, pair, {"add"}),

@@ -7,8 +7,10 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import assert_same_bits, make_key, random_tensor
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import dropout_ext
 from dropout_ext import _paths
@@ -225,6 +227,21 @@ def test_traced_as_a_leaf():
     assert traced.eval()(x) is x
 
 
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_is_another_class(process_group):
+    module = fully_shard(dropout_ext.convert(Own(0.5)))
+    kind = type(module)
+    assert type(dropout_ext.revert(module)) is kind
+    x = random_tensor((16, 3))
+    assert_same_bits(seeded_call(module, x), seeded_call(dropout_ext.DropPath(0.5), x))
+
+
 def test_left():
     class WithCall(Own):
         def __call__(self, x):
@@ -252,11 +269,17 @@ def test_left():
 def test_a_function_in_between_counts(monkeypatch):
     """Another drop_path under the class of timm is other code."""
     kind = type(timm(0.5))
-    _paths.converted_class.cache_clear()
+    _paths._with_forward.cache_clear()
     with monkeypatch.context() as patched:
         patched.setitem(kind.forward.__globals__, "drop_path", lambda x, *_: x)
         assert type(dropout_ext.convert(timm(0.5))) is kind
-    _paths.converted_class.cache_clear()
+    _paths._with_forward.cache_clear()
+
+
+def test_a_forward_that_is_replaced_counts(monkeypatch):
+    dropout_ext.convert(Derived(0.5))
+    monkeypatch.setattr(Derived, "forward", lambda self, x: x)
+    assert type(dropout_ext.convert(Derived(0.5))) is Derived
 
 
 def test_source_that_is_not_what_runs(tmp_path, monkeypatch):

@@ -402,6 +402,7 @@ class Foreign(nn.Module):
 # (what is changed in a fused module, the operators that run then)
 FALLBACKS = {
     "p = 0": (OneStatement, lambda m: setattr(m.drop, "p", 0.0), set()),
+    "p = 1": (OneStatement, lambda m: setattr(m.drop, "p", 1.0), {"add"}),
     "drops in place": (OneStatement, lambda m: setattr(m.drop, "inplace", True), {"apply"}),
     "drop in eval mode": (OneStatement, lambda m: m.drop.eval(), set()),
     "another drop": (OneStatement, lambda m: setattr(m, "drop", Foreign()), set()),
@@ -488,6 +489,58 @@ def test_modes_see_a_function():
     assert dropout_ext.dropout_add_layer_norm in seen
 
 
+def test_a_forward_that_is_replaced(monkeypatch):
+    """Not the one that was rewritten before."""
+
+    def forward(self, x):
+        return 3 * x + self.drop(self.fc1(x))
+
+    before = pair(OneStatement())[1]
+    monkeypatch.setattr(OneStatement, "forward", forward)
+    model = dropout_ext.convert(OneStatement(), fuse=True)
+    assert type(model) is OneStatement
+    assert type(dropout_ext.revert(before)) is OneStatement
+
+
+@pytest.mark.parametrize("kind", [OneStatement, ReturnedSum, PreNorm, NormOfSum, InPlaceOfTheSum])
+def test_results_lie_in_memory_as_they_did(kind):
+    """`view` of a sum works where it did."""
+
+    class Permuted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).permute(2, 1, 0).contiguous().permute(2, 1, 0)
+
+    x = random_tensor((3, 5, H), torch.float64)
+    model = kind().double()
+    model.fc1 = Permuted(H, H).double()
+    unfused, fused = pair(model)
+    assert_close(step(fused, x), step(unfused, x))
+    for given in (x, x.transpose(0, 1), x.transpose(0, 1).contiguous().transpose(0, 1)):
+        with dropout_ext.override():
+            assert fused(given).stride() == unfused(given).stride()
+
+
+def test_layouts_that_are_not_strided():
+    drop = dropout_ext.Dropout(P)
+    x = torch.ones(2, 3)
+    assert _fuse.adds(drop, x, x)
+    assert not _fuse.adds(drop, x.to_sparse(), x.to_sparse())
+
+
+def test_an_attribute_that_is_missing():
+    """As where a configuration decides whether a module is there."""
+
+    class Optional(Layer):
+        def forward(self, x):
+            if self.p == 0:
+                return x + self.drop2(x)
+            return x + self.drop(x)
+
+    model = dropout_ext.convert(Optional(), fuse=True)
+    assert ours(lambda: model(torch.ones(2, H))) == {"add"}
+    assert dropout_ext.dropout_summary(model)[0].state == "fused"
+
+
 def test_nothing_to_fuse_in_an_instance():
     """A class that is known, whose dropout is another one here."""
     for model in (OneStatement(drop=nn.Identity()), OneStatement(drop=Foreign())):
@@ -507,5 +560,5 @@ def test_line_numbers_are_those_of_the_source():
 
 def test_source_is_read_once(monkeypatch):
     pair(OneStatement())
-    monkeypatch.setattr(_fuse._rewrite, "rewritten", None)
+    monkeypatch.setattr(_fuse._rewrite, "rewritten", None)  # an error when it is called
     pair(OneStatement())
