@@ -35,12 +35,13 @@ def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
     instance has a `forward` of its own: `dropout_summary` lists them. Functional calls are no
     modules: see `dropout_ext.override`.
 
-    With `fuse`, `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer` and the modules of
-    transformers that end in dropout, sum and layer norm as BERT's do run dropout in one pass with
-    the sum and the norm, or with the activation, before or after it: on the CPU and CUDA, while it
-    drops, on plain tensors of one dtype. The masks are those of the unfused model under the same
-    seed, and results are rounded less often. Where a module in between has hooks, another class or
-    a `forward` of its own, it is called as before; evaluation is the original's to the bit.
+    With `fuse`, `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer` and all modules whose
+    `forward`, by its source, has dropout beside a sum, a sum and a layer norm, or an activation run
+    these in one pass, functional dropout there included: on the CPU and CUDA, while it drops, on
+    plain tensors of one dtype. The masks are those of the unfused model under `override` and the
+    same seed, and results are rounded less often. Where a module in between has hooks, another
+    class or a `forward` of its own, it is called as before; evaluation is the original's to the
+    bit.
 
     A model under `torch.compile` is compiled anew at its next call. DistributedDataParallel and
     FSDP keep working, before and after wrapping; only a dropout module that is itself an argument
@@ -48,7 +49,7 @@ def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
 
     Args:
         model (torch.nn.Module): a model of any library, or a single dropout module.
-        fuse (bool): fuse dropout with its neighbours too, where they are known. Default: False
+        fuse (bool): fuse dropout with its neighbours too. Default: False
 
     Returns:
         torch.nn.Module: `model` itself.

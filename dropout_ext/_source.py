@@ -8,6 +8,7 @@ import functools
 import hashlib
 import inspect
 import symtable
+import tokenize
 from types import CodeType, FunctionType
 
 _NESTED = inspect.CO_NESTED  # whether it stands in another function
@@ -28,11 +29,16 @@ def parse(function) -> ast.FunctionDef | None:
         (definition,) = ast.parse("".join(["if 1:\n"] * nested + block)).body
         if nested:
             (definition,) = definition.body
-    except (OSError, SyntaxError, TypeError, ValueError):
+        if not isinstance(definition, ast.FunctionDef):
+            return None
+        ast.increment_lineno(definition, before - nested)
+        _strip(definition)
+        return definition if _same(_code(definition, function), function.__code__) else None
+    except (OSError, TypeError, ValueError, IndexError, SyntaxError, tokenize.TokenError):
         return None
-    if not isinstance(definition, ast.FunctionDef):
-        return None
-    ast.increment_lineno(definition, before - nested)
+
+
+def _strip(definition: ast.FunctionDef) -> None:
     definition.decorator_list, definition.returns = [], None
     arguments = definition.args
     for argument in (
@@ -43,7 +49,6 @@ def parse(function) -> ast.FunctionDef | None:
             argument.annotation = None
     arguments.defaults = []
     arguments.kw_defaults = [None] * len(arguments.kwonlyargs)
-    return definition if _same(_code(definition, function), function.__code__) else None
 
 
 def replaced(function: FunctionType, definition: ast.FunctionDef) -> FunctionType:
@@ -81,7 +86,10 @@ def _code(definition: ast.FunctionDef, function: FunctionType) -> CodeType:
 
 @functools.lru_cache(64)
 def _imported(source: str) -> list[str]:
-    names = symtable.symtable(source, "", "exec").get_symbols()
+    try:
+        names = symtable.symtable(source, "", "exec").get_symbols()
+    except (SyntaxError, ValueError):  # a notebook or a page with code in it
+        return []
     return [symbol.get_name() for symbol in names if symbol.is_imported()]
 
 

@@ -394,6 +394,17 @@ def test_source_that_is_not_what_runs():
     assert type(model) is namespace["Made"]
 
 
+def test_source_in_another_text(tmp_path):
+    """A page of documentation, say: what surrounds the code is no Python."""
+    page = tmp_path / "page.md"
+    code = "class Made(Layer):\n    def forward(self, x):\n        return x + self.drop(x)\n"
+    page.write_text(f"It's a page.\n{code}It's a page.\n")
+    namespace = {"Layer": Layer, "__name__": __name__}
+    exec(compile(f"\n{code}", page, "exec"), namespace)
+    model = dropout_ext.convert(namespace["Made"](), fuse=True)
+    assert type(model) is not namespace["Made"]
+
+
 class Foreign(nn.Module):
     def forward(self, x):
         return 2 * x
