@@ -6,6 +6,7 @@ unless what a fused call would pass over is plain.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import sys
 from collections.abc import Callable
@@ -22,7 +23,14 @@ from . import _C, _rewrite, fused, modules
 _PLAIN_TENSORS = (Tensor, Parameter, Buffer)
 _KERNELS = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# As they were at the import: what is put in their place later is called.
 _DROPOUT = F.dropout
+_GELU = F.gelu
+_ACTIVATIONS = ((F.gelu, "gelu"), (F.relu, "relu"), (F.silu, "silu"))
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (nn.LayerNorm, nn.GELU, nn.ReLU, nn.SiLU, modules.Dropout, modules.DropPath)
+}
 
 
 class Functional(NamedTuple):
@@ -42,6 +50,8 @@ def _why_called(module: nn.Module, *kinds: type) -> str | None:
         return f"is of {type(module).__name__}"
     if "forward" in module.__dict__:
         return "has a forward of its own"
+    if type(module) in _FORWARDS and type(module).forward is not _FORWARDS[type(module)]:
+        return "is of a class with another forward"
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "has hooks"
     if module._compiled_call_impl is not None:
@@ -161,7 +171,7 @@ def activate(drop, activation, input: Tensor) -> Tensor:
 def _activation(activation) -> tuple[str, str] | None:
     """Name and approximation, None where it has to be called."""
     if not isinstance(activation, nn.Module):
-        for function, name in ((F.gelu, "gelu"), (F.relu, "relu"), (F.silu, "silu")):
+        for function, name in _ACTIVATIONS:
             if activation is function:
                 return name, "none"
         return None
@@ -174,7 +184,7 @@ def _activation(activation) -> tuple[str, str] | None:
         return "relu" if kind is nn.ReLU else "silu", "none"
     # What it calls is an attribute of the instance.
     if (kind.__module__, kind.__name__) == ("transformers.activations", "GELUActivation"):
-        return ("gelu", "none") if activation.act is F.gelu else None
+        return ("gelu", "none") if activation.act is _GELU else None
     return None
 
 
@@ -359,7 +369,9 @@ class _Rewritten(_Fused):
         """Not what the original does with its subclasses: this one is no other class to anybody."""
 
     def __reduce_ex__(self, protocol):
-        _, _, *state = super().__reduce_ex__(2)
+        make, arguments, *state = super().__reduce_ex__(2)
+        if make is not copyreg.__newobj__:  # the original's own
+            return make, arguments, *state
         return _rebuild, (self._original,), *state
 
 

@@ -15,7 +15,9 @@ the statements leave behind has the value that it had.
 from __future__ import annotations
 
 import ast
+import copy
 import types
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -47,9 +49,12 @@ def rewritten(function) -> Forward | None:
     if code is None or not any("drop" in name.lower() for name in code.co_names):
         return None
     definition = _source.parse(inner)
-    if definition is None or not definition.args.args:
+    if definition is None:
         return None
-    rewriter = _Rewriter(inner, definition.args.args[0].arg)
+    arguments = [*definition.args.posonlyargs, *definition.args.args]
+    if not arguments or _is_assigned(definition, arguments[0].arg):
+        return None
+    rewriter = _Rewriter(inner, arguments[0].arg)
     rewriter.run(definition)
     if not rewriter.places:
         return None
@@ -68,25 +73,17 @@ def _rewrapped(function, inner):
     if not any(_holds(cell, function.__wrapped__) for cell in cells):
         return None
     itself = types.CellType()
-    new = types.FunctionType(
-        function.__code__,
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        tuple(
-            types.CellType(wrapped)
-            if _holds(cell, function.__wrapped__)
-            else itself
-            if _holds(cell, function)
-            else cell
-            for cell in cells
-        ),
+    closure = tuple(
+        types.CellType(wrapped)
+        if _holds(cell, function.__wrapped__)
+        else itself
+        if _holds(cell, function)
+        else cell
+        for cell in cells
     )
+    new = _source.remade(function, function.__code__, closure)
+    new.__wrapped__ = wrapped
     itself.cell_contents = new
-    new.__kwdefaults__ = function.__kwdefaults__
-    new.__dict__.update(function.__dict__, __wrapped__=wrapped)
-    new.__doc__, new.__qualname__ = function.__doc__, function.__qualname__
-    new.__module__, new.__annotations__ = function.__module__, function.__annotations__
     return new
 
 
@@ -184,17 +181,24 @@ class _Rewriter:
         if isinstance(node, ast.Attribute):
             return getattr(self._value_of(node.value), node.attr, None)
         code = self.function.__code__
-        if isinstance(node, ast.Name) and node.id not in (*code.co_varnames, *code.co_cellvars):
+        inside = (*code.co_varnames, *code.co_cellvars, *code.co_freevars)
+        if isinstance(node, ast.Name) and node.id not in inside:
             return self.function.__globals__.get(node.id)
         return None
+
+    def _is_local(self, node: ast.expr) -> bool:
+        """Whether it is a variable that nobody else sees."""
+        code = self.function.__code__
+        return _is_name(node) and node.id in set(code.co_varnames) - set(code.co_cellvars)
 
     # The sequences: how many statements each is, and what takes their place.
 
     def _fused_activation(self, drop: _Part, activation: _Part) -> ast.expr:
         self.places.append(Place(drop.attribute, activation=activation.attribute))
-        of = ast.unparse(activation.of)
-        text = f"{self.self}.{FUSION}.activate({drop.text}, {activation.text}, {of})"
-        return ast.parse(text, mode="eval").body
+        call = f"{self.self}.{FUSION}.activate({drop.text}, {activation.text})"
+        call = ast.parse(call, mode="eval").body
+        call.args.append(activation.of)
+        return call
 
     def _activation(self, statements):
         name, value = _assigned(statements[0])
@@ -234,13 +238,13 @@ class _Rewriter:
             norm, total = self._method(total, "norm") or (None, total)
             if target in (name, None):  # else the variable keeps what was dropped
                 for dropped, residual in _terms(total):
-                    if _is_name(dropped, name) and _is_name(residual) and residual.id != name:
+                    if _is_name(dropped, name) and self._is_local(residual) and residual.id != name:
                         return _Sum(2, drop, residual.id, target, norm)
         target, total = _assigned(statements[0], returned=True)
         norm, total = self._method(total, "norm") or (None, total)
         for dropped, residual in _terms(total):
             drop = self._drop(dropped)
-            if drop is not None and _is_name(residual):
+            if drop is not None and self._is_local(residual):
                 return _Sum(1, drop, residual.id, target, norm)
         return None
 
@@ -252,7 +256,9 @@ class _Rewriter:
         first, original = statements[0], statements[:length]
         before, after, of = [], [], drop.of
         if not _is_name(of):
-            of = ast.Name("_dropped", ast.Load())
+            if any(isinstance(node, ast.NamedExpr) for node in ast.walk(of)):
+                return None  # it may be of the residual
+            of = ast.Name("_dropout_ext_input", ast.Load())
             before = [_at(first, ast.Assign([ast.Name(of.id, ast.Store())], drop.of))]
             if result is not None:  # it would hold memory
                 after = [_at(first, ast.Delete([ast.Name(of.id, ast.Del())]))]
@@ -270,6 +276,7 @@ class _Rewriter:
             rest = statements[length : length + count]
             length, original = length + count, [*original, *rest]
             arguments = f"{self.self}.{norm}, {arguments}"
+            renamed = None if renamed == target else renamed
             norms = "norms"
             if target == result and renamed is None:
                 fused = [f"{target} = {fusion}.add_norm({arguments})"]
@@ -279,8 +286,7 @@ class _Rewriter:
                 fused = [f"{target}, {total} = {fusion}.add_then_norm({arguments})"]
                 if renamed not in (None, total):
                     fused.append(f"{renamed} = {total}")
-            add = _Way(add.condition, [*add.statements, *map(ast.unparse, rest)])
-            ways = [_Way(f"{fusion}.{norms}({arguments})", fused), add]
+            ways = [_Way(f"{fusion}.{norms}({arguments})", fused), add._replace(rest=rest)]
         else:
             ways = [add]
         self.places.append(Place(drop.attribute, norm=norm))
@@ -288,7 +294,7 @@ class _Rewriter:
         for way in reversed(ways):
             body = ast.parse("\n".join(way.statements)).body
             condition = ast.parse(way.condition, mode="eval").body
-            body = [_at(first, statement) for statement in body]
+            body = [_at(first, statement) for statement in body] + copy.deepcopy(list(way.rest))
             new = [ast.If(_at(first, condition), body, new, lineno=first.lineno, col_offset=0)]
         return length, [*before, *new, *after]
 
@@ -311,6 +317,7 @@ class _Rewriter:
 class _Way(NamedTuple):
     condition: str
     statements: list[str]
+    rest: Sequence[ast.stmt] = ()  # the original's, after them
 
 
 class _Replace(ast.NodeTransformer):
@@ -336,6 +343,10 @@ def _terms(node: ast.expr | None) -> tuple[tuple[ast.expr, ast.expr], ...]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return (node.left, node.right), (node.right, node.left)
     return ()
+
+
+def _is_assigned(definition: ast.FunctionDef, name: str) -> bool:
+    return any(_is_name(n, name) and not isinstance(n.ctx, ast.Load) for n in ast.walk(definition))
 
 
 def _is_plain_call(node) -> bool:

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import symtable
 import tokenize
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 
 _NESTED = inspect.CO_NESTED  # whether it stands in another function
 _FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
@@ -55,12 +55,17 @@ def replaced(function: FunctionType, definition: ast.FunctionDef) -> FunctionTyp
     """`function` with another definition, of the same variables from outside."""
     code = _code(definition, function)
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    closure = tuple(cells[name] for name in code.co_freevars)
+    return remade(function, code, tuple(cells[name] for name in code.co_freevars))
+
+
+def remade(function: FunctionType, code: CodeType, closure: tuple[CellType, ...]) -> FunctionType:
+    """`function` of other code and cells."""
     name, defaults = function.__name__, function.__defaults__
     new = FunctionType(code, function.__globals__, name, defaults, closure)
     new.__kwdefaults__ = function.__kwdefaults__
     new.__doc__, new.__qualname__ = function.__doc__, function.__qualname__
     new.__module__, new.__annotations__ = function.__module__, function.__annotations__
+    new.__dict__.update(function.__dict__)
     return new
 
 
@@ -109,7 +114,8 @@ def _same(a: CodeType, b: CodeType) -> bool:
 def _same_constants(a, b) -> bool:
     if isinstance(a, CodeType) and isinstance(b, CodeType):
         return _same(a, b)
-    return type(a) is type(b) and (a == b or repr(a) == repr(b))  # NaN
+    # 0.0 and -0.0 are equal, NaN is not, and a set has many texts.
+    return type(a) is type(b) and (a == b if isinstance(a, frozenset) else repr(a) == repr(b))
 
 
 def fingerprint(function) -> str | None:

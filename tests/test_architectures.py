@@ -296,3 +296,22 @@ def test_saved_and_loaded(tmp_path):
         assert_same_bits(value, state[name])
     kinds = [type(module) for module in dropout_ext.revert(model).modules()]
     assert kinds == [type(module) for module in plain.modules()]
+
+
+@pytest.mark.parametrize("name", ["Bert", "Bart", "ViT"])
+def test_what_is_recorded_on_the_way(name):
+    model, inputs, _ = build(name)
+    model.set_attn_implementation("eager")
+    unfused = dropout_ext.convert(copy.deepcopy(model))
+    fused = dropout_ext.convert(model, fuse=True)
+    results = []
+    for each in (unfused, fused):
+        torch.manual_seed(5)
+        with dropout_ext.override():
+            recorded = each(**inputs, output_hidden_states=True, output_attentions=True)
+        results.append([*recorded.values()])
+    for a, b in zip(*results, strict=True):
+        a, b = (x if isinstance(x, tuple) else (x,) for x in (a, b))
+        for one, other in zip(a, b, strict=True):
+            if isinstance(one, torch.Tensor):
+                assert torch.allclose(one, other, rtol=1e-3, atol=1e-4)

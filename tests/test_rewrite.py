@@ -90,6 +90,14 @@ class RenamedAndOther(Layer):
         return y + kept * self.fc2(z)
 
 
+class RenamedToTheTarget(Layer):
+    def forward(self, x):
+        y = x + self.drop(self.fc1(x))
+        z = y
+        z = self.norm(y)
+        return y + self.fc2(z)
+
+
 class InPlaceOfTheSum(Layer):
     def forward(self, x):
         h = self.fc1(x)
@@ -199,6 +207,7 @@ CASES = {
     "pre-norm": (PreNorm, {"add_norm"}),
     "other target": (OtherTarget, {"add_norm"}),
     "renamed": (RenamedAndOther, {"add_norm"}),
+    "renamed to the target": (RenamedToTheTarget, {"add_norm"}),
     "three statements": (InPlaceOfTheSum, {"add_norm"}),
     "two statements": (TwoStatements, {"activation"}),
     "nested": (Nested, {"activation"}),
@@ -355,6 +364,27 @@ class Between(Layer):
         return y
 
 
+class Walrus(Layer):
+    def forward(self, x):
+        x = x + self.drop(x := 2 * x)
+        return x
+
+
+class OtherSelf(Layer):
+    def forward(self, x):
+        self = self.other
+        return x + self.drop(x)
+
+
+seen = torch.ones(2, H)
+
+
+class Global(Layer):
+    def forward(self, x):
+        y = seen + self.drop(self.fc1(x))
+        return y
+
+
 class Comprehension(Layer):
     def forward(self, x):
         return sum([self.drop(self.act(each)) for each in x])
@@ -377,6 +407,7 @@ class Other:
     "kind",
     [
         LeftBehind, Twice, Minus, Augmented, InPlace, SideEffect, Between, Comprehension, NotTorch,
+        Walrus, OtherSelf, Global,
     ],
 )  # fmt: skip
 def test_what_has_another_meaning_stays(kind):
@@ -483,6 +514,34 @@ def test_another_function_in_the_place_of_dropout(monkeypatch):
     monkeypatch.setattr(F, "dropout", counting)
     fused(torch.ones(2, H))
     assert calls == [P]
+
+
+@pytest.mark.parametrize(
+    ("kind", "child"), [(PreNorm, nn.LayerNorm), (Nested, nn.GELU), (Nested, dropout_ext.Dropout)]
+)
+def test_a_class_with_another_forward(kind, child, monkeypatch):
+    """As libraries do that put their own kernels into nn.LayerNorm."""
+    x = random_tensor((3, 5, H), torch.float64)
+    unfused, fused = pair(kind().double())
+    calls = []
+    forward = child.forward
+
+    def counting(self, *args, **kwargs):
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(child, "forward", counting)
+    expected = step(unfused, x)
+    once = len(calls)
+    assert_close(step(fused, x), expected)
+    assert len(calls) == 2 * once > 0
+
+
+def test_another_function_in_the_place_of_an_activation(monkeypatch):
+    unfused, fused = pair(FunctionalActivation())
+    monkeypatch.setattr(F, "relu", torch.neg)
+    x = random_tensor((3, H))
+    assert_same_bits(step(fused, x)[0][0], step(unfused, x)[0][0])
 
 
 def test_modes_see_a_function():
