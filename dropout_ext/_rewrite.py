@@ -27,6 +27,9 @@ from . import _source
 FUSION = "_dropout_ext"  # the attribute of the class that has the functions of _fuse.py
 
 
+_DROPS = ("drop", "stochastic")
+
+
 class Place(NamedTuple):
     """Attributes of the module that take part, None for what is a function."""
 
@@ -46,7 +49,7 @@ def rewritten(function) -> Forward | None:
     while hasattr(inner, "__wrapped__"):
         inner = inner.__wrapped__
     code = getattr(inner, "__code__", None)
-    if code is None or not any("drop" in name.lower() for name in code.co_names):
+    if code is None or not any(_has(name, *_DROPS) for name in code.co_names):
         return None
     definition = _source.parse(inner)
     if definition is None:
@@ -140,19 +143,19 @@ class _Rewriter:
 
     # What the statements are.
 
-    def _method(self, node: ast.expr | None, part: str) -> tuple[str, ast.expr] | None:
-        """Of `self.<name with part>(expression)` the name and the expression."""
+    def _method(self, node: ast.expr | None, *parts: str) -> tuple[str, ast.expr] | None:
+        """Of `self.<name with one of parts>(expression)` the name and the expression."""
         if (
             _is_plain_call(node)
             and isinstance(node.func, ast.Attribute)
             and _is_name(node.func.value, self.self)
-            and part in node.func.attr.lower()
+            and _has(node.func.attr, *parts)
         ):
             return node.func.attr, node.args[0]
         return None
 
     def _drop(self, node: ast.expr | None) -> _Part | None:
-        if found := self._method(node, "drop"):
+        if found := self._method(node, *_DROPS):
             return _Part(f"{self.self}.{found[0]}", *found)
         if not (isinstance(node, ast.Call) and self._value_of(node.func) is F.dropout):
             return None
@@ -278,7 +281,9 @@ class _Rewriter:
             arguments = f"{self.self}.{norm}, {arguments}"
             renamed = None if renamed == target else renamed
             norms = "norms"
-            if target == result and renamed is None:
+            if target is None:
+                fused = [f"return {fusion}.add_norm({arguments})"]
+            elif target == result and renamed is None:
                 fused = [f"{target} = {fusion}.add_norm({arguments})"]
             else:
                 norms = "norms_sum"
@@ -299,16 +304,16 @@ class _Rewriter:
         return length, [*before, *new, *after]
 
     def _normalized(self, statements, total: str):
-        """Of `[renamed = total;] target = self.norm(total)` the norm, target, renamed, and how many
-        statements it is.
+        """Of `[renamed = total;] target = self.norm(total)` the norm, target (None where it is
+        returned), renamed, and how many statements it is.
         """
         renamed = None
         for count, statement in enumerate(statements[:2], start=1):
-            target, value = _assigned(statement)
+            target, value = _assigned(statement, returned=True)
             norm = self._method(value, "norm")
             if norm is not None and _is_name(norm[1], total):
                 return norm[0], target, renamed, count
-            if not _is_name(value, total) or target == total:
+            if not _is_name(value, total) or target in (None, total):
                 return None
             renamed = target
         return None
@@ -357,6 +362,10 @@ def _is_plain_call(node) -> bool:
         and not node.keywords
         and not isinstance(node.args[0], ast.Starred)
     )
+
+
+def _has(name: str, *parts: str) -> bool:
+    return any(part in name.lower() for part in parts)
 
 
 def _is_name(node, name: str | None = None) -> bool:

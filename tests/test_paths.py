@@ -66,7 +66,9 @@ def with_mode(p, mode):
     """As convert makes it of torchvision's."""
     module = StochasticDepth(p, mode)
     names = {"__module__": dropout_ext.modules.__name__}
-    module.__class__ = type("StochasticDepth", (_paths._WithMode, StochasticDepth), names)
+    kind = type("StochasticDepth", (_paths._WithMode, StochasticDepth), names)
+    kind._original, kind._itself = StochasticDepth, kind
+    module.__class__ = kind
     return module
 
 
@@ -187,6 +189,36 @@ def test_one_decision_for_the_batch():
 
 def test_one_decision_for_the_batch_of_torchvision():
     one_decision(dropout_ext.convert(torchvision(0.5, "batch")))
+
+
+class Residual(nn.Module):
+    def __init__(self, path):
+        super().__init__()
+        self.stochastic_depth = path
+
+    def forward(self, x):
+        return x + self.stochastic_depth(2 * x)
+
+
+@pytest.mark.parametrize(
+    ("path", "fused"),
+    [
+        (lambda: Own(0.4), True),
+        (lambda: timm(0.4), True),
+        (lambda: timm(0.4, scale_by_keep=False), False),
+        (lambda: torchvision(0.4), True),
+        (lambda: torchvision(0.4, "batch"), False),
+        (lambda: with_mode(0.4, "row"), True),
+        (lambda: with_mode(0.4, "batch"), False),
+    ],
+)
+def test_beside_a_sum(path, fused):
+    """Fused where a call of rows does the same."""
+    x = random_tensor((40, 3), torch.float64)
+    unfused = dropout_ext.convert(Residual(path()))
+    model = dropout_ext.convert(Residual(path()), fuse=True)
+    assert (type(model) is not Residual) == fused
+    assert torch.allclose(seeded_call(model, x), seeded_call(unfused, x), rtol=1e-12, atol=1e-12)
 
 
 def test_in_a_model():

@@ -7,10 +7,12 @@ import traceback
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import assert_same_bits, random_tensor
 from test_fuse import ATTACHED, ours
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import dropout_ext
 from dropout_ext import _fuse
@@ -62,6 +64,21 @@ class ReturnedNorm(Layer):
         y = self.fc1(x)
         y = F.dropout(y, self.p, self.training)
         return self.norm(y + x)
+
+
+class ReturnedNormOfSum(Layer):
+    def forward(self, x):
+        residual = x
+        x = self.drop(self.fc1(x))
+        x = residual + x
+        kept = x  # noqa: F841
+        return self.norm(x)
+
+
+class ReturnedSumOfDrop(Layer):
+    def forward(self, x):
+        y = x + self.drop(self.fc1(x))
+        return y
 
 
 class PreNorm(Layer):
@@ -204,6 +221,8 @@ CASES = {
     "part of another": (PartOfAnother, {"apply"}),
     "norm of a sum": (NormOfSum, {"add_norm"}),
     "returned norm": (ReturnedNorm, {"add_norm"}),
+    "returned norm of a sum": (ReturnedNormOfSum, {"add_norm"}),
+    "sum, returned": (ReturnedSumOfDrop, {"add"}),
     "pre-norm": (PreNorm, {"add_norm"}),
     "other target": (OtherTarget, {"add_norm"}),
     "renamed": (RenamedAndOther, {"add_norm"}),
@@ -385,6 +404,12 @@ class Global(Layer):
         return y
 
 
+class GlobalInTwo(Layer):
+    def forward(self, x):
+        y = self.drop(self.fc1(x))
+        return seen + y
+
+
 class Comprehension(Layer):
     def forward(self, x):
         return sum([self.drop(self.act(each)) for each in x])
@@ -407,7 +432,7 @@ class Other:
     "kind",
     [
         LeftBehind, Twice, Minus, Augmented, InPlace, SideEffect, Between, Comprehension, NotTorch,
-        Walrus, OtherSelf, Global,
+        Walrus, OtherSelf, Global, GlobalInTwo,
     ],
 )  # fmt: skip
 def test_what_has_another_meaning_stays(kind):
@@ -609,6 +634,20 @@ def test_an_attribute_that_is_missing():
     model = dropout_ext.convert(Optional(), fuse=True)
     assert ours(lambda: model(torch.ones(2, H))) == {"add"}
     assert dropout_ext.dropout_summary(model)[0].state == "fused"
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_is_another_class(process_group):
+    """Which revert would take from FSDP."""
+    model = fully_shard(dropout_ext.convert(OneStatement(), fuse=True))
+    kind = type(model)
+    assert type(dropout_ext.revert(model)) is kind
 
 
 def test_nothing_to_fuse_in_an_instance():
