@@ -1,6 +1,6 @@
 """Time dropout_ext beside torch, check its output, train with both, and write CSV and pictures.
 
-python -m benchmarks            under five minutes on two cores
+python -m benchmarks            some ten minutes on two cores
 python -m benchmarks --quick    under one (or QUICK=1)
 python -m benchmarks --gpu      only what runs on the GPU
 """

@@ -130,6 +130,7 @@ class Case(NamedTuple):
     time: float | None = None  # fused over p = 0, at most
     memory: float | None = None
     compiled: float | None = None  # compiled each; fused below nn.Dropout too
+    rounds: int = 11
 
 
 GPT2, BERT, ENCODER = "GPT-2-like", "BERT-like", "nn.TransformerEncoder"
@@ -160,7 +161,7 @@ def chosen(quick, device):
     yield Case(f"{ENCODER}, 2 x 768, batch 4 x 128", wide, 1.00, MEMORY)
     for batch, length in ((2, 512), (1, 1024), (1, 2048)):
         longer = encoder(256, 4, 4, batch, length)
-        yield Case(f"{ENCODER}, 4 x 256, batch {batch} x {length}", longer)
+        yield Case(f"{ENCODER}, 4 x 256, batch {batch} x {length}", longer, rounds=5)
     yield Case(f"{GPT2}, 4 x 256, batch 4 x 128", transformer(True, 256, 4, 4, 4, 128, 1000))
     yield Case(f"{BERT}, 4 x 256, batch 4 x 128", transformer(False, 256, 4, 4, 4, 128, 1000))
     for name, (label, limit) in ZOO.items():
@@ -299,7 +300,7 @@ def run_case(emit, case, quick, device):
         "threads": torch.get_num_threads(),
         "environment": os.environ.get("BENCH_ENVIRONMENT"),
     }
-    rounds = 4 if quick else 11
+    rounds = 4 if quick else case.rounds
     prices(emit, common, sides, steps, rounds, case.time)
     memory(emit, common, sides, steps, device, rounds // 2, case.memory)
     if case.compiled is not None:
