@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks.cases import P
 from benchmarks.models import encoder, peak_bytes, step_of, variants
-from benchmarks.timing import interleave, quantiles, threads
+from benchmarks.timing import bar, interleave, quantiles, threads
 
 LONG = 1024  # from here on PyTorch at p = 0.1 is held to be far behind
 
@@ -75,19 +75,6 @@ def sides(shape, dtype, causal):
         "torch, p = 0": ("floor", step(theirs, 0.0)),
         f"torch, p = {P}": ("torch", step(theirs, P)),
         "dropout_ext": ("ours", step(ours, P)),
-    }
-
-
-def bar(common, side, figure, sense, limit):
-    met = figure["p50"] <= limit if sense == "<=" else figure["p50"] >= limit
-    return common | {
-        "side": side,
-        "role": "bar",
-        "metric": "bar",
-        "unit": "ratio",
-        **figure,
-        "bar": f"{sense} {limit:g}",
-        "met": met,
     }
 
 
@@ -155,7 +142,7 @@ def time_encoder(emit, batch, length, limit, rounds):
         "threads": torch.get_num_threads(),
     }
     seconds = interleave(steps, rounds, warmup=1)
-    floor, _, ours = seconds.T
+    floor, _, ours, _ = seconds.T
     for (side, (role, *_)), taken in zip(copies.items(), seconds.T, strict=True):
         row = common | {"side": side, "role": role, "metric": "time", "unit": "ns"}
         share = float(np.median(floor / taken))

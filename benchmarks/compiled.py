@@ -8,9 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.attention import bar
 from benchmarks.cases import P
-from benchmarks.timing import interleave, quantiles, threads
+from benchmarks.timing import bar, interleave, quantiles, threads
 
 SHAPE = (4096, 1024)
 THREADS = 2

@@ -1,8 +1,9 @@
 """A training step of whole models: the price of turning dropout on.
 
-Three copies of a model with the same weights take turns: p = 0, torch's dropout, ours (converted
-and overridden). A step is forward, loss, backward and an SGD update. Peak memory is what the step
-allocates above what was allocated when it began, at its highest.
+Four copies of a model with the same weights take turns: p = 0, torch's dropout, ours (converted and
+overridden) and ours fused (`convert(fuse=True)`). A step is forward, loss, backward and an SGD
+update. Peak memory is what the step allocates above what was allocated when it began, at its
+highest.
 
 The transformers here need no other package, for GPU machines without a network; those of zoo.py are
 the ones that the tests train.
@@ -10,6 +11,8 @@ the ones that the tests train.
 
 import contextlib
 import gc
+import os
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from torch import nn
 
 from benchmarks import zoo
 from benchmarks.cases import P
-from benchmarks.timing import interleave, quantiles
+from benchmarks.timing import bar, interleave, quantiles, threads
 
 
 class Attention(nn.Module):
@@ -121,36 +124,52 @@ def from_zoo(name):
     return lambda p: model.build(p, sizes), inputs, lambda m, batch: zoo.loss(m, *batch)
 
 
+class Case(NamedTuple):
+    name: str
+    build: tuple  # a model of a probability, its inputs, its loss
+    time: float | None = None  # fused over p = 0, at most
+    memory: float | None = None
+    compiled: float | None = None  # compiled each; fused below nn.Dropout too
+    rounds: int = 11
+
+
 GPT2, BERT, ENCODER = "GPT-2-like", "BERT-like", "nn.TransformerEncoder"
 ZOO = {
-    "BERT, sdpa": "BERT of transformers, 4 x 256, batch 4 x 128",
-    "GPT-2, sdpa": "GPT-2 of transformers, 4 x 256, batch 4 x 128",
-    "LSTM, locked": "LSTM 256 with LockedDropout, batch 4 x 128",
-    "convolutions": "ConvNet 4 x 64 with Dropout2d and DropPath, batch 4 x 32 x 32",
-    "LoRA": "LoRA 4 x 256, batch 4 x 128",
+    "BERT, sdpa": ("BERT of transformers, 4 x 256, batch 4 x 128", 1.02),
+    "GPT-2, sdpa": ("GPT-2 of transformers, 4 x 256, batch 4 x 128", 1.05),
+    "ViT, sdpa": ("ViT of transformers, 4 x 256, batch 4 x 129", 1.02),
+    "LSTM, locked": ("LSTM 256 with LockedDropout, batch 4 x 128", 1.05),
+    "convolutions": ("ConvNet 4 x 64 with Dropout2d and DropPath, batch 4 x 32 x 32", 1.05),
+    "LoRA": ("LoRA 4 x 256, batch 4 x 128", 1.05),
 }
+MEMORY = 1.10
+THREADS = 2  # on the CPU
 
 
 def chosen(quick, device):
-    """(name, what to build, p = 0.1 over p = 0 at most) of every model."""
     if device == "cuda":
         gpt2 = transformer(True, 768, 12, 12, 8, 1024, 50257)
         bert = transformer(False, 768, 12, 12, 32, 512, 30522)
-        yield f"{GPT2}, 12 x 768, batch 8 x 1024", gpt2, None
-        yield f"{BERT}, 12 x 768, batch 32 x 512", bert, None
+        yield Case(f"{GPT2}, 12 x 768, batch 8 x 1024", gpt2)
+        yield Case(f"{BERT}, 12 x 768, batch 32 x 512", bert)
         return
-    yield f"{ENCODER}, 4 x 256, batch 8 x 128", encoder(256, 4, 4, 8, 128), 1.06
+    small = encoder(256, 4, 4, 8, 128)
+    yield Case(f"{ENCODER}, 4 x 256, batch 8 x 128", small, 1.00, MEMORY, None if quick else 1.10)
     if quick:
         return
-    yield f"{ENCODER}, 2 x 768, batch 4 x 128", encoder(768, 2, 12, 4, 128), 1.06
-    yield f"{GPT2}, 4 x 256, batch 4 x 128", transformer(True, 256, 4, 4, 4, 128, 1000), None
-    yield f"{BERT}, 4 x 256, batch 4 x 128", transformer(False, 256, 4, 4, 4, 128, 1000), None
-    for name, label in ZOO.items():
-        yield label, from_zoo(name), None
+    wide = encoder(768, 2, 12, 4, 128)
+    yield Case(f"{ENCODER}, 2 x 768, batch 4 x 128", wide, 1.00, MEMORY)
+    for batch, length in ((2, 512), (1, 1024), (1, 2048)):
+        longer = encoder(256, 4, 4, batch, length)
+        yield Case(f"{ENCODER}, 4 x 256, batch {batch} x {length}", longer, rounds=5)
+    yield Case(f"{GPT2}, 4 x 256, batch 4 x 128", transformer(True, 256, 4, 4, 4, 128, 1000))
+    yield Case(f"{BERT}, 4 x 256, batch 4 x 128", transformer(False, 256, 4, 4, 4, 128, 1000))
+    for name, (label, limit) in ZOO.items():
+        yield Case(label, from_zoo(name), limit)
 
 
 def variants(build, device, dtype):
-    """{name: (role, model, context)} of the three copies."""
+    """{name: (role, model, context)} of the four copies."""
     import dropout_ext
 
     torch.manual_seed(0)
@@ -161,6 +180,7 @@ def variants(build, device, dtype):
         "p = 0": ("floor", off, contextlib.nullcontext),
         "nn.Dropout": ("torch", base, contextlib.nullcontext),
         "dropout_ext": ("ours", zoo.ours(base), dropout_ext.override),
+        "fused": ("fused", zoo.ours(base, fuse=True), dropout_ext.override),
     }
 
 
@@ -199,60 +219,93 @@ def peak_bytes(model, step, device):
     return int(max(0, np.cumsum(sizes).max())) if sizes else 0
 
 
+def prices(emit, common, sides, steps, rounds, limit):
+    """Times of a step and what they are over that at p = 0."""
+    seconds = interleave(list(steps.values()), rounds, warmup=1)
+    by_name = dict(zip(steps, seconds.T, strict=True))
+    floor, theirs, _, fused = by_name.values()
+    for side, (role, *_) in sides.items():
+        row = common | {"side": side, "role": role}
+        share = float(np.median(floor / by_name[side]))
+        time = quantiles(by_name[side] * 1e9)
+        emit({"row": row | {"metric": "time", "unit": "ns", **time, "share_of_floor": share}})
+        if role != "floor":
+            price = quantiles(by_name[side] / floor)
+            emit({"row": row | {"metric": "time over p = 0", "unit": "ratio", **price}})
+    if limit is not None:
+        emit({"row": bar(common, "fused over p = 0", quantiles(fused / floor), "<=", limit)})
+    return quantiles(fused / theirs)
+
+
+def memory(emit, common, sides, steps, device, rounds, limit):
+    # The profiler's clock puts a few events out of order, hence the median.
+    peaks = {
+        side: quantiles([peak_bytes(model, steps[side], device) / 2**20 for _ in range(rounds)])
+        for side, (_, model, _) in sides.items()
+    }
+    for side, (role, *_) in sides.items():
+        row = common | {"side": side, "role": role, "metric": "peak memory", "unit": "MiB"}
+        emit({"row": row | peaks[side]})
+    if limit is not None:
+        over = quantiles([peaks["fused"]["p50"] / peaks["p = 0"]["p50"]])
+        emit({"row": bar(common, "peak memory of fused over p = 0", over, "<=", limit)})
+
+
+def compiled(emit, common, sides, loss, inputs, rounds, limit):
+    torch.compiler.reset()
+    with torch.compiler.config.patch(force_disable_caches=True):
+        steps = {}
+        for side, (_, model, context) in sides.items():
+            steps[side] = step_of(torch.compile(model, dynamic=False), loss, inputs, context)
+            steps[side]()
+        common = common | {"case": f"{common['case']}, compiled"}
+        over_theirs = prices(emit, common, sides, steps, rounds, limit)
+    emit({"row": bar(common, "fused over nn.Dropout", over_theirs, "<=", 1)})
+    torch.compiler.reset()
+
+
 def run(emit, quick, device):
     import dropout_ext
 
     if not (hasattr(dropout_ext, "convert") and hasattr(dropout_ext, "override")):
         emit({"note": "models: left out, this dropout_ext has no convert and override"})
         return
-    models = list(chosen(quick, device))
-    emit({"total": len(models)})
-    rounds = 4 if quick else 11
+    cases = list(chosen(quick, device))
+    emit({"total": len(cases)})
+    n_threads = THREADS if device == "cpu" else torch.get_num_threads()
+    with threads(n_threads):
+        for case in cases:
+            run_case(emit, case, quick, device)
+            emit({"step": case.name})
+
+
+def run_case(emit, case, quick, device):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    for name, (build, make_inputs, loss), limit in models:
-        try:
-            sides = variants(build, device, dtype)
-        except ImportError as error:
-            emit({"note": f"models: {name} left out, {error}"})
-            emit({"step": name})
-            continue
-        inputs = make_inputs(device, dtype)
-        steps = {
-            side: step_of(model, loss, inputs, context)
-            for side, (_, model, context) in sides.items()
-        }
-        seconds = interleave(list(steps.values()), rounds, warmup=1)
-        by_name = dict(zip(steps, seconds.T, strict=True))
-        common = {
-            "section": "models",
-            "case": name,
-            "op": "step",
-            "dtype": str(dtype)[6:],
-            "p": P,
-            "threads": torch.get_num_threads(),
-        }
-        for side, (role, model, _) in sides.items():
-            row = common | {"side": side, "role": role}
-            share = float(np.median(by_name["p = 0"] / by_name[side]))
-            time = quantiles(by_name[side] * 1e9)
-            emit({"row": row | {"metric": "time", "unit": "ns", **time, "share_of_floor": share}})
-            # The profiler's clock puts a few events out of order, hence the median.
-            peaks = [peak_bytes(model, steps[side], device) / 2**20 for _ in range(rounds // 2)]
-            emit({"row": row | {"metric": "peak memory", "unit": "MiB", **quantiles(peaks)}})
-            if role != "floor":
-                price = quantiles(by_name[side] / by_name["p = 0"])
-                emit({"row": row | {"metric": "time over p = 0", "unit": "ratio", **price}})
-                if role == "ours" and limit:
-                    bar = {
-                        "side": "dropout_ext over p = 0",
-                        "role": "bar",
-                        "metric": "bar",
-                        "bar": f"<= {limit}",
-                        "met": price["p50"] <= limit,
-                    }
-                    emit({"row": common | {"unit": "ratio", **price} | bar})
-        emit({"step": name})
-        del sides, steps
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    build, make_inputs, loss = case.build
+    try:
+        sides = variants(build, device, dtype)
+    except ImportError as error:
+        emit({"note": f"models: {case.name} left out, {error}"})
+        return
+    inputs = make_inputs(device, dtype)
+    steps = {
+        side: step_of(model, loss, inputs, context) for side, (_, model, context) in sides.items()
+    }
+    common = {
+        "section": "models",
+        "case": case.name,
+        "op": "step",
+        "dtype": str(dtype)[6:],
+        "p": P,
+        "threads": torch.get_num_threads(),
+        "environment": os.environ.get("BENCH_ENVIRONMENT"),
+    }
+    rounds = 4 if quick else case.rounds
+    prices(emit, common, sides, steps, rounds, case.time)
+    memory(emit, common, sides, steps, device, rounds // 2, case.memory)
+    if case.compiled is not None:
+        compiled(emit, common, sides, loss, inputs, rounds, case.compiled)
+    del sides, steps
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()

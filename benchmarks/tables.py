@@ -248,21 +248,32 @@ def markdown(table, source):
 
 
 def markdown_models(table):
-    rows = table[(table.section == "models") & (table.metric == "time over p = 0")]
+    rows = table[table.section == "models"]
     if rows.empty:
         return
     yield from (
         "",
-        f"What turning dropout on costs: time of a training step at p = {rows.p.iloc[0]:g} over "
-        "that at p = 0, same run, medians (20th to 80th percentile), ours by `convert` and "
-        "`override`.",
+        f"What turning dropout on costs: a training step at p = {rows.p.iloc[0]:g} over that at "
+        "p = 0, same run: time, medians (20th to 80th percentile), and peak memory; ours by "
+        "`convert` and `override`, fused by `convert(fuse=True)`.",
         "",
-        "| model | `nn.Dropout` | `dropout_ext` |",
-        "|---|---|---|",
+        "| model | time: `nn.Dropout` | `dropout_ext` | fused "
+        "| memory: `nn.Dropout` | `dropout_ext` | fused |",
+        "|---|---|---|---|---|---|---|",
     )
     for case in rows.case.unique():
-        price = [one(rows[rows.case == case], role=role) for role in ("torch", "ours")]
-        yield f"| {case} | " + " | ".join(map(spread, price)) + " |"
+        of = rows[rows.case == case]
+        off = one(of, role="floor", metric="peak memory")
+        cells = []
+        for role in ROLES:
+            cells.append(spread(one(of, role=role, metric="time over p = 0")))
+        for role in ROLES:
+            peak = one(of, role=role, metric="peak memory")
+            cells.append("-" if off is None or peak is None else f"{peak.p50 / off.p50:.2f}")
+        yield f"| {case} | " + " | ".join(cells) + " |"
+
+
+ROLES = ("torch", "ours", "fused")
 
 
 def markdown_line(case, op, dtype, n, section):

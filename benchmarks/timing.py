@@ -258,3 +258,17 @@ def interleave(functions, rounds, warmup=2):
             i = (k + r) % len(functions)
             seconds[r, i] = timeit.timeit(functions[i], number=1)
     return seconds
+
+
+def bar(common, side, figure, sense, limit):
+    """A CSV row that says whether a ratio meets its bar."""
+    met = figure["p50"] <= limit if sense == "<=" else figure["p50"] >= limit
+    return common | {
+        "side": side,
+        "role": "bar",
+        "metric": "bar",
+        "unit": "ratio",
+        **figure,
+        "bar": f"{sense} {limit:g}",
+        "met": met,
+    }

@@ -138,14 +138,14 @@ class LoraStack(nn.Module):
 
 
 class Logits(nn.Module):
-    """A model of Hugging Face's, as a function of ids."""
+    """A model of Hugging Face's, as a function of ids or of images."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids):
-        return self.model(ids).logits
+    def forward(self, inputs):
+        return self.model(inputs).logits
 
 
 def bert(p: float, sizes: Sizes, attention: str = "sdpa") -> nn.Module:
@@ -184,6 +184,26 @@ def gpt2(p: float, sizes: Sizes, attention: str = "sdpa") -> nn.Module:
     return Logits(transformers.GPT2LMHeadModel(config))
 
 
+def vit(p: float, sizes: Sizes) -> nn.Module:
+    import transformers
+
+    config = transformers.ViTConfig(
+        image_size=sizes.image,
+        # As many patches as a sequence has tokens, about.
+        patch_size=(2, 4),
+        num_channels=1,
+        num_labels=CLASSES,
+        hidden_size=sizes.hidden,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        intermediate_size=4 * sizes.hidden,
+        hidden_dropout_prob=p,
+        attention_probs_dropout_prob=p,
+    )
+    config._attn_implementation = "sdpa"
+    return Logits(transformers.ViTForImageClassification(config))
+
+
 CLASSES = 10  # of images
 
 
@@ -218,6 +238,7 @@ MODELS = {
     "BERT, eager": Model(lambda p, sizes: bert(p, sizes, "eager")),
     "GPT-2, sdpa": Model(gpt2),
     "GPT-2, eager": Model(lambda p, sizes: gpt2(p, sizes, "eager")),
+    "ViT, sdpa": Model(vit, images),
     "LSTM, locked": Model(LockedLstm),
     "convolutions": Model(ConvNet, images),
     "LoRA": Model(LoraStack),
@@ -228,11 +249,11 @@ def loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(inputs).flatten(0, -2).float(), labels.flatten())
 
 
-def ours(model: nn.Module) -> nn.Module:
+def ours(model: nn.Module, fuse: bool = False) -> nn.Module:
     """A converted copy, with our modules for those that torch.nn has no counterpart of."""
     import dropout_ext
 
-    model = dropout_ext.convert(copy.deepcopy(model))
+    model = dropout_ext.convert(copy.deepcopy(model), fuse=fuse)
     for module in list(model.modules()):
         if isinstance(module, LockedLstm):
             module.drops = nn.ModuleList(dropout_ext.LockedDropout(drop.p) for drop in module.drops)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from . import _fuse, fused, modules
+from . import _fuse, _paths, fused, modules
 from .compat import flash_attn
 
 __all__ = ["DropoutSummary", "SummaryRow", "convert", "dropout_summary", "revert"]
@@ -27,19 +27,22 @@ _EXTRA = ("generator", "broadcast_dims")  # what the modules of torch.nn lack
 
 
 def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
-    """Turns every dropout module of `torch.nn` in `model` into ours, in place; returns `model`.
+    """Turns every dropout module of `torch.nn` in `model` into ours, in place; returns `model`; and
+    DropPath and StochasticDepth of timm, torchvision and transformers, known by their code.
 
     Only the class of a module changes, so its identity, p, inplace, training flag, hooks, names in
-    the state dict and places of use stay. Subclasses of `torch.nn` classes are left alone, as are
-    scripted modules and modules whose instance has a `forward` of its own: `dropout_summary` lists
-    them. Functional calls are no modules: see `dropout_ext.override`.
+    the state dict and places of use stay, and it is still an instance of its former class.
+    Subclasses of `torch.nn` classes are left alone, as are scripted modules and modules whose
+    instance has a `forward` of its own: `dropout_summary` lists them. Functional calls are no
+    modules: see `dropout_ext.override`.
 
-    With `fuse`, `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer` and the modules of
-    transformers that end in dropout, sum and layer norm as BERT's do run dropout in one pass with
-    the sum and the norm, or with the activation, before or after it: on the CPU, while it drops, on
-    plain tensors of one dtype. The masks are those of the unfused model under the same seed, and
-    results are rounded less often. Where a module in between has hooks, another class or a
-    `forward` of its own, it is called as before; evaluation is the original's to the bit.
+    With `fuse`, `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer` and all modules whose
+    `forward`, by its source, has dropout beside a sum, a sum and a layer norm, or an activation run
+    these in one pass, functional dropout there included: on the CPU and CUDA, while it drops, on
+    plain tensors of one dtype. The masks are those of the unfused model under `override` and the
+    same seed, and results are rounded less often. Where a module in between has hooks, another
+    class or a `forward` of its own, it is called as before; evaluation is the original's to the
+    bit.
 
     A model under `torch.compile` is compiled anew at its next call. DistributedDataParallel and
     FSDP keep working, before and after wrapping; only a dropout module that is itself an argument
@@ -47,7 +50,7 @@ def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
 
     Args:
         model (torch.nn.Module): a model of any library, or a single dropout module.
-        fuse (bool): fuse dropout with its neighbours too, where they are known. Default: False
+        fuse (bool): fuse dropout with its neighbours too. Default: False
 
     Returns:
         torch.nn.Module: `model` itself.
@@ -66,12 +69,11 @@ def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
         <class 'dropout_ext.modules.Dropout'>
     """
     for module in _modules("convert", model):
-        if _obstacle(module) is None and type(module) in _OURS:
-            module.__class__ = _OURS[type(module)]
-        if fuse and _obstacle(module) is None:
-            kind = _fuse.fused_class(type(module))  # type: ignore[arg-type]
-            if kind is not None:
-                module.__class__ = kind
+        if _obstacle(module) is None and (ours := _class_of_ours(module)):
+            module.__class__ = ours
+    for module in model.modules() if fuse else ():  # their children are converted by now
+        if _obstacle(module) is None and (kind := _fuse.fused_class(module)):
+            module.__class__ = kind
     return model
 
 
@@ -79,8 +81,8 @@ def revert(model: nn.Module) -> nn.Module:
     """Undoes `convert`, in place; returns `model`.
 
     It takes modules of ours that were constructed as such for converted ones. Left alone is what
-    `torch.nn` has no counterpart of: DropPath, LockedDropout, and modules with a generator or with
-    shared dimensions.
+    `torch.nn` has no counterpart of: our DropPath, LockedDropout, and modules with a generator or
+    with shared dimensions.
 
     Args:
         model (torch.nn.Module): the model, or a single dropout module.
@@ -99,9 +101,18 @@ def revert(model: nn.Module) -> nn.Module:
     for module in _modules("revert", model):
         if type(module) in _TORCH and not any(vars(module).get(name) for name in _EXTRA):
             module.__class__ = _TORCH[type(module)]
-        elif _fuse.is_fused(module):
+        elif _fuse.is_fused(module) or _is_converted_path(module):
             module.__class__ = module._original
     return model
+
+
+def _class_of_ours(module: nn.Module) -> type[nn.Module] | None:
+    return _OURS.get(type(module)) or _paths.converted_class(type(module))
+
+
+def _is_converted_path(module: nn.Module) -> bool:
+    kind = type(module)
+    return issubclass(kind, _paths.Converted) and kind is kind._itself and module.generator is None
 
 
 class SummaryRow(NamedTuple):
@@ -179,7 +190,7 @@ def dropout_summary(model: nn.Module) -> DropoutSummary:
             state, reason = "converted", ""
         elif _fuse.is_fused(module):
             state, reason = "fused", module.why_unfused()
-        elif type(module) in _OURS:
+        elif _class_of_ours(module):
             obstacle = _obstacle(module)
             state, reason = ("to convert", "") if obstacle is None else ("left", obstacle)
         elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
@@ -216,7 +227,7 @@ def is_dropout(module: nn.Module) -> bool:
 
 # Parts of the names of modules that draw by torch.rand or Tensor.bernoulli_, which convert cannot
 # replace and override does not see, and what is to be said of them.
-_PATH = "draws by itself, out of reach: dropout_ext.DropPath does the same"
+_PATH = "draws by itself, by code that is not known: dropout_ext.DropPath drops whole samples"
 _OWN_DRAWS = {
     "droppath": _PATH,
     "stochasticdepth": _PATH,
@@ -268,6 +279,8 @@ def _obstacle(module: nn.Module) -> str | None:
         return "scripted: convert before torch.jit.script"
     if "forward" in vars(module):
         return "its instance has a forward of its own, which a new class would not change"
+    if _paths.converted_class(type(module)):
+        return _paths.obstacle(module)
     return None
 
 

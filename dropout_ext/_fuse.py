@@ -1,14 +1,16 @@
 """Modules of other libraries whose dropout runs fused with its neighbours, for `convert`.
 
 A fused class overrides nothing but `forward`, and forward does at each place what the original does
-unless the modules that a fused call would pass over are plain ones.
+unless what a fused call would pass over is plain.
 """
 
 from __future__ import annotations
-import __future__
 
+import copyreg
 import functools
-from typing import Any, TypeGuard
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,30 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 from torch.nn.parameter import Buffer, Parameter
 
-from . import fused, modules
-from ._keys import ModuleMixin
+from . import _C, _rewrite, fused, modules
 
 _PLAIN_TENSORS = (Tensor, Parameter, Buffer)
+_KERNELS = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# As they were at the import: what is put in their place later is called.
+_DROPOUT = F.dropout
+_GELU = F.gelu
+_ACTIVATIONS = ((F.gelu, "gelu"), (F.relu, "relu"), (F.silu, "silu"))
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (nn.LayerNorm, nn.GELU, nn.ReLU, nn.SiLU, modules.Dropout, modules.DropPath)
+}
+
+
+class Functional(NamedTuple):
+    """A call of F.dropout in a forward."""
+
+    function: Callable
+    p: float
+    training: bool
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return self.function(input, p=self.p, training=self.training)
 
 
 def _why_called(module: nn.Module, *kinds: type) -> str | None:
@@ -29,6 +50,8 @@ def _why_called(module: nn.Module, *kinds: type) -> str | None:
         return f"is of {type(module).__name__}"
     if "forward" in module.__dict__:
         return "has a forward of its own"
+    if type(module) in _FORWARDS and type(module).forward is not _FORWARDS[type(module)]:
+        return "is of a class with another forward"
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "has hooks"
     if module._compiled_call_impl is not None:
@@ -40,11 +63,22 @@ def _passes_over(module: nn.Module, *kinds: type) -> bool:
     return _why_called(module, *kinds) is None
 
 
-def _fuses(drop: Any, *tensors: Tensor | None) -> bool:
+def _why_drop_called(drop) -> str | None:
+    """The same of what drops."""
+    if type(drop) is Functional:
+        return None if drop.function is _DROPOUT else "is another function"
+    if isinstance(drop, modules.DropPath):
+        if not drop._is_scaled_rows():
+            return "does not drop samples and scale the others"
+        return _why_called(drop, type(drop)._itself)
+    return _why_called(drop, modules.Dropout) or ("is in place" if drop.inplace else None)
+
+
+def _fuses(drop, *tensors: Tensor | None) -> bool:
     return (
-        _passes_over(drop, modules.Dropout)
+        _why_drop_called(drop) is None
         and drop.training
-        and drop.p > 0
+        and (drop.drop_prob if isinstance(drop, modules.DropPath) else drop.p) > 0
         and not (
             _nn_module._global_forward_hooks
             or _nn_module._global_forward_pre_hooks
@@ -55,34 +89,51 @@ def _fuses(drop: Any, *tensors: Tensor | None) -> bool:
     )
 
 
-def _one_type(first: Any, *others: Tensor | None) -> bool:
-    """Whether they are plain tensors on the CPU, of one dtype."""
-    if type(first) not in _PLAIN_TENSORS or not first.is_cpu or not first.is_floating_point():
+def _one_type(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether they are plain tensors of one dtype on one device that has kernels for them."""
+    if type(first) not in _PLAIN_TENSORS or not first.is_floating_point() or first.is_nested:
         return False
-    return (
-        not first.is_nested
-        and not torch.is_autocast_enabled("cpu")
-        and all(t is None or (type(t) in _PLAIN_TENSORS and t.dtype == first.dtype) for t in others)
+    if first.layout is not torch.strided:
+        return False
+    device = first.device
+    if device.type not in _KERNELS or torch.is_autocast_enabled(device.type):
+        return False
+    return all(
+        t is None or (type(t) in _PLAIN_TENSORS and t.dtype == first.dtype and t.device == device)
+        for t in others
     )
 
 
-def _source(drop: modules.Dropout) -> dict[str, Any]:
-    return {
-        "p": drop.p,
-        "key": drop._key(None),
-        "generator": drop.generator,
-        "broadcast_dims": drop.broadcast_dims,
-    }
+def _source(drop, input: Tensor) -> dict[str, object]:
+    if type(drop) is Functional:
+        return {"p": drop.p}
+    source = {"key": drop._key(None), "generator": drop.generator}
+    if isinstance(drop, modules.DropPath):
+        return source | {"p": drop.drop_prob, "broadcast_dims": range(1, input.dim())}
+    return source | {"p": drop.p, "broadcast_dims": drop.broadcast_dims}
 
 
-def _add(drop: Any, input: Tensor, residual: Tensor) -> Tensor:
-    if _fuses(drop, input, residual) and input.shape == residual.shape:
-        return fused.dropout_add(input, residual, **_source(drop))
-    total: Tensor = residual + drop(input)
-    return total
+# What the forward methods of _rewrite.py call.
 
 
-def _norm_fuses(drop: Any, norm: Any, input: Tensor, residual: Tensor) -> bool:
+def adds(drop, input: Tensor, residual: Tensor) -> bool:
+    """Where both lie alike in memory, so does the sum, whichever comes first in it."""
+    return (
+        _fuses(drop, input, residual)
+        and input.shape == residual.shape
+        and (_contiguous(input, residual) or input.stride() == residual.stride())
+    )
+
+
+def _contiguous(*tensors: Tensor) -> bool:
+    return all(tensor.is_contiguous() for tensor in tensors)
+
+
+def add(drop, input: Tensor, residual: Tensor) -> Tensor:
+    return fused.dropout_add(input, residual, **_source(drop, input))
+
+
+def norms(norm: nn.Module, drop, input: Tensor, residual: Tensor) -> bool:
     return (
         _passes_over(norm, nn.LayerNorm)
         and _fuses(drop, input, residual, norm.weight, norm.bias)
@@ -90,61 +141,108 @@ def _norm_fuses(drop: Any, norm: Any, input: Tensor, residual: Tensor) -> bool:
     )
 
 
-def _add_norm(drop: Any, norm: Any, input: Tensor, residual: Tensor) -> Tensor:
-    if not _norm_fuses(drop, norm, input, residual):
-        out: Tensor = norm(residual + drop(input))
-        return out
-    out = fused.dropout_add_layer_norm(
-        input, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, **_source(drop)
-    )
-    return out
+def norms_sum(norm: nn.Module, drop, input: Tensor, residual: Tensor) -> bool:
+    """Of a sum that is used further, which is contiguous."""
+    return norms(norm, drop, input, residual) and _contiguous(input, residual)
 
 
-def _add_then_norm(drop: Any, norm: Any, input: Tensor, residual: Tensor) -> Any:
-    """The norm, and the sum that it is of."""
-    if not _norm_fuses(drop, norm, input, residual):
-        total = residual + drop(input)
-        return norm(total), total
+def add_norm(norm: nn.Module, drop, input: Tensor, residual: Tensor) -> Tensor:
     return fused.dropout_add_layer_norm(
-        input, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, return_sum=True,
-        **_source(drop),
+        input, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
+        **_source(drop, input),
     )  # fmt: skip
 
 
-def _activate(drop: Any, activation: Any, input: Tensor) -> Tensor:
-    name = {F.relu: "relu", F.gelu: "gelu"}.get(activation) if callable(activation) else None
+def add_then_norm(norm: nn.Module, drop, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm, and the sum that it is of."""
+    return fused.dropout_add_layer_norm(
+        input, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, return_sum=True,
+        **_source(drop, input),
+    )  # fmt: skip
+
+
+def activate(drop, activation, input: Tensor) -> Tensor:
+    name = _activation(activation)
     if name is None or not _fuses(drop, input):
-        out: Tensor = drop(activation(input))
-        return out
-    return fused.activation_dropout(input, name, **_source(drop))
+        return drop(activation(input))
+    return fused.activation_dropout(input, name[0], approximate=name[1], **_source(drop, input))
 
 
-class _Fused(ModuleMixin):
+def _activation(activation) -> tuple[str, str] | None:
+    """Name and approximation, None where it has to be called."""
+    if not isinstance(activation, nn.Module):
+        for function, name in _ACTIVATIONS:
+            if activation is function:
+                return name, "none"
+        return None
+    if not _passes_over(activation, type(activation)):
+        return None
+    kind = type(activation)
+    if kind is nn.GELU:
+        return "gelu", activation.approximate
+    if kind in (nn.ReLU, nn.SiLU) and not activation.inplace:
+        return "relu" if kind is nn.ReLU else "silu", "none"
+    # What it calls is an attribute of the instance.
+    if (kind.__module__, kind.__name__) == ("transformers.activations", "GELUActivation"):
+        return ("gelu", "none") if activation.act is _GELU else None
+    return None
+
+
+class _Fused:
     """A class whose forward is fused. `convert` makes it of `_original`, `revert` that of it."""
 
-    _original: Any  # a class of modules
-    _passed_over: tuple[str, ...]  # children that a fused call does not call
-    _methods: tuple[str, ...] = ()  # of the original, which it does not call either
+    _original: type[nn.Module]
+    _places: tuple[_rewrite.Place, ...]
 
-    def _as_original(self, input: Tensor) -> bool:
-        return type(input) not in _PLAIN_TENSORS or any(
-            name in self.__dict__ for name in self._methods
-        )
+    def _as_original(self, input: Tensor, methods: tuple[str, ...]) -> bool:
+        """Whether not to pass over methods that it has by itself."""
+        return type(input) not in _PLAIN_TENSORS or any(name in self.__dict__ for name in methods)
 
     def why_unfused(self) -> str:
         """What keeps a place from being fused, for a summary."""
-        for name in self._passed_over:
-            kind = modules.Dropout if "dropout" in name else nn.LayerNorm
-            why = _why_called(getattr(self, name), kind)
-            if why is not None:
-                return f"partly as it was: its {name} {why}"
+        for place in self._places:
+            for name, why in _reasons(self, place):
+                if why is not None:
+                    return f"partly as it was: its {name} {why}"
         return ""
+
+
+def _reasons(module: nn.Module, place: _rewrite.Place):
+    """(name, why it is called) of all that a fused call would pass over."""
+    if place.drop is not None:
+        drop = getattr(module, place.drop, None)
+        if isinstance(drop, nn.Identity):  # nothing drops, nothing is to be fused
+            return
+        yield place.drop, _why_drop_called(drop)
+    if place.norm is not None:
+        yield place.norm, _why_called(getattr(module, place.norm, None), nn.LayerNorm)
+    if place.activation is not None:
+        activation = getattr(module, place.activation, None)
+        if _activation(activation) is None:
+            kind = type(activation)
+            why = _why_called(activation, kind) if isinstance(activation, nn.Module) else None
+            yield place.activation, why or f"is of {kind.__name__}"
+
+
+def _fusible(module: nn.Module, places: tuple[_rewrite.Place, ...]) -> bool:
+    """Whether anything in it can be fused."""
+    for place in places:
+        reasons = dict(_reasons(module, place))
+        if place.drop in reasons or place.drop is None:
+            unfused = [name for name, why in reasons.items() if why is not None]
+            # A sum is fused without its norm.
+            if not set(unfused) - {place.norm}:
+                return True
+    return False
 
 
 class TransformerEncoderLayer(_Fused, nn.TransformerEncoderLayer):
     _original = nn.TransformerEncoderLayer
-    _passed_over = ("dropout", "dropout1", "dropout2", "norm1", "norm2")
-    _methods = ("_sa_block", "_ff_block")
+    _places = (
+        _rewrite.Place("dropout", activation="activation"),
+        _rewrite.Place("dropout1", "norm1"),
+        _rewrite.Place("dropout2", "norm2"),
+    )
 
     def forward(
         self,
@@ -155,7 +253,7 @@ class TransformerEncoderLayer(_Fused, nn.TransformerEncoderLayer):
     ) -> Tensor:
         if isinstance(src, torch.fx.Proxy) and src.tracer.module_stack:
             return _leaf(src, src_mask, src_key_padding_mask, is_causal)
-        if not self.training or self._as_original(src):
+        if not self.training or self._as_original(src, ("_sa_block", "_ff_block")):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         src_key_padding_mask = F._canonical_mask(
             mask=src_key_padding_mask,
@@ -173,7 +271,7 @@ class TransformerEncoderLayer(_Fused, nn.TransformerEncoderLayer):
             check_other=False,
         )
 
-        def attend(x: Tensor) -> Any:
+        def attend(x):
             return self.self_attn(
                 x, x, x, attn_mask=src_mask, key_padding_mask=src_key_padding_mask,
                 need_weights=False, is_causal=is_causal,
@@ -188,8 +286,12 @@ class TransformerEncoderLayer(_Fused, nn.TransformerEncoderLayer):
 
 class TransformerDecoderLayer(_Fused, nn.TransformerDecoderLayer):
     _original = nn.TransformerDecoderLayer
-    _passed_over = ("dropout", "dropout1", "dropout2", "dropout3", "norm1", "norm2", "norm3")
-    _methods = ("_sa_block", "_mha_block", "_ff_block")
+    _places = (
+        _rewrite.Place("dropout", activation="activation"),
+        _rewrite.Place("dropout1", "norm1"),
+        _rewrite.Place("dropout2", "norm2"),
+        _rewrite.Place("dropout3", "norm3"),
+    )
 
     def forward(
         self,
@@ -208,16 +310,16 @@ class TransformerDecoderLayer(_Fused, nn.TransformerDecoderLayer):
         )  # fmt: skip
         if isinstance(tgt, torch.fx.Proxy) and tgt.tracer.module_stack:
             return _leaf(*given)
-        if self._as_original(tgt):
+        if self._as_original(tgt, ("_sa_block", "_mha_block", "_ff_block")):
             return super().forward(*given)
 
-        def attend(x: Tensor) -> Any:
+        def attend(x):
             return self.self_attn(
                 x, x, x, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask,
                 is_causal=tgt_is_causal, need_weights=False,
             )[0]  # fmt: skip
 
-        def attend_memory(x: Tensor) -> Any:
+        def attend_memory(x):
             return self.multihead_attn(
                 x, memory, memory, attn_mask=memory_mask, key_padding_mask=memory_key_padding_mask,
                 is_causal=memory_is_causal, need_weights=False,
@@ -232,76 +334,86 @@ class TransformerDecoderLayer(_Fused, nn.TransformerDecoderLayer):
         return _add_norm(self.dropout3, self.norm3, _feed_forward(self, x), x)
 
 
-def _leaf(*args: Any) -> Any:
+def _add(drop, input: Tensor, residual: Tensor) -> Tensor:
+    if adds(drop, input, residual):
+        return add(drop, input, residual)
+    return residual + drop(input)
+
+
+def _add_norm(drop, norm, input: Tensor, residual: Tensor) -> Tensor:
+    if norms(norm, drop, input, residual):
+        return add_norm(norm, drop, input, residual)
+    return norm(_add(drop, input, residual))
+
+
+def _add_then_norm(drop, norm, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    if norms(norm, drop, input, residual):
+        return add_then_norm(norm, drop, input, residual)
+    total = _add(drop, input, residual)
+    return norm(total), total
+
+
+def _leaf(*args):
     """A call that torch.fx.symbolic_trace does not look into, as it does not into the original."""
     tracer = args[0].tracer
     path, _ = next(reversed(tracer.module_stack.values()))
     return tracer.create_proxy("call_module", path, args, {})
 
 
-def _feed_forward(layer: Any, x: Tensor) -> Any:
-    return layer.linear2(_activate(layer.dropout, layer.activation, layer.linear1(x)))
+def _feed_forward(layer, x: Tensor) -> Tensor:
+    return layer.linear2(activate(layer.dropout, layer.activation, layer.linear1(x)))
 
 
-# The forward methods that are known by their code, as it stands in many modules of transformers.
+class _Rewritten(_Fused):
+    def __init_subclass__(cls, **kwargs):
+        """Not what the original does with its subclasses: this one is no other class to anybody."""
+
+    def __reduce_ex__(self, protocol):
+        make, arguments, *state = super().__reduce_ex__(2)
+        if make is not copyreg.__newobj__:  # the original's own
+            return make, arguments, *state
+        return _rebuild, (self._original,), *state
 
 
-def _dense_drop_norm_add(self: Any, hidden_states: Any, input_tensor: Any) -> Any:
-    hidden_states = self.dense(hidden_states)
-    hidden_states = self.dropout(hidden_states)
-    hidden_states = self.LayerNorm(hidden_states + input_tensor)
-    return hidden_states
-
-
-class _DenseDropNormAdd(_Fused):
-    """Output and SelfOutput of the BERT family."""
-
-    _passed_over = ("dropout", "LayerNorm")
-    dense: nn.Module
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        hidden_states = self.dense(hidden_states)
-        return _add_norm(self.dropout, self.LayerNorm, hidden_states, input_tensor)
-
-    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (self._original,), self.__getstate__()
-
-
-def _code(function: Any) -> tuple[Any, ...] | None:
-    """What a function does, whatever its local names and its documentation."""
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return None
-    consts = tuple(c for c in code.co_consts if c is not None and c != function.__doc__)
-    flags = code.co_flags & ~__future__.annotations.compiler_flag
-    return code.co_code, code.co_names, consts, code.co_argcount, flags
-
-
-_BY_CODE = {_code(_dense_drop_norm_add): _DenseDropNormAdd}
 _BY_CLASS = {kind._original: kind for kind in (TransformerEncoderLayer, TransformerDecoderLayer)}
 
 
-@functools.cache
-def fused_class(original: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that does the same with fused dropout, None where there is none."""
+def _fused_class(original: type[nn.Module]) -> type[nn.Module] | None:
     if original in _BY_CLASS:
         return _BY_CLASS[original]
-    if issubclass(original, _Fused) or original.__call__ is not nn.Module.__call__:
+    if issubclass(original, _Fused) or type(original) is not type:
         return None
-    known = _BY_CODE.get(_code(original.forward))
-    if known is None:
-        return None
-    namespace = {"_original": original, "__module__": __name__, "__doc__": original.__doc__}
-    return type(original.__name__, (known, original), namespace)
+    return _with_forward(original, original.forward)
 
 
-def _rebuild(original: Any) -> Any:
+@functools.cache
+def _with_forward(original: type[nn.Module], forward) -> type[nn.Module] | None:
+    new = _rewrite.rewritten(forward)
+    if new is None:
+        return None
+    namespace = {
+        "__doc__": original.__doc__,
+        "__module__": __name__,
+        "_original": original,
+        "_places": new.places,
+        _rewrite.FUSION: sys.modules[__name__],
+        "forward": new.function,
+    }
+    return type(original.__name__, (_Rewritten, original), namespace)
+
+
+def fused_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that does the same with fused dropout, None where there is none for this module."""
+    kind = _fused_class(type(module))
+    return kind if kind is not None and _fusible(module, kind._places) else None
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
     """A module of the fused class, or of the original where that is another one by now."""
-    kind = fused_class(original) or original
+    kind = _fused_class(original) or original
     return kind.__new__(kind)
 
 
-def is_fused(module: nn.Module) -> TypeGuard[_Fused]:
-    return type(module) in _BY_CLASS.values() or (
-        isinstance(module, _Fused) and type(module) is fused_class(module._original)
-    )
+def is_fused(module: nn.Module) -> bool:
+    # A class that fully_shard has made of a fused one is another.
+    return isinstance(module, _Fused) and "_original" in vars(type(module))

@@ -340,8 +340,15 @@ class DropPath(Keyed, nn.Module):
             generator=self.generator,
         )
 
+    def _is_scaled_rows(self) -> bool:
+        """Whether a fused call does the same."""
+        return self.scale_by_keep and not self.inplace
+
     def extra_repr(self) -> str:
         return f"drop_prob={round(self.drop_prob, 3):0.3f}"
+
+
+DropPath._itself = DropPath  # a subclass is another class
 
 
 class LockedDropout(_WithGenerator, nn.modules.dropout._DropoutNd):

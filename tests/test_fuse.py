@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import dropout_ext
+from dropout_ext import _fuse
 
 H = 16
 
@@ -74,8 +75,8 @@ CASES = {
         1,
         {"add_norm", "activation"},
     ),
-    "encoder, silu, no bias": (
-        functools.partial(encoder, activation=nn.functional.silu, bias=False),
+    "encoder, elu, no bias": (
+        functools.partial(encoder, activation=nn.functional.elu, bias=False),
         1,
         {"add_norm", "apply"},
     ),
@@ -316,6 +317,38 @@ def test_autocast():
             expected = unfused(*inputs)
             torch.manual_seed(5)
             assert_same_bits(fused(*inputs), expected)
+
+
+def test_devices_without_kernels(monkeypatch):
+    _, fused, inputs = pair("SelfOutput")
+    monkeypatch.setattr(_fuse, "_KERNELS", ("cuda",))
+    assert ours(lambda: fused(*inputs)) == {"apply"}
+
+
+def test_operands_on_two_devices():
+    """No GPU is needed to tell that they are not one call."""
+    here, there = torch.ones(2), torch.ones(2, device="meta")
+    assert _fuse._one_type(here, here)
+    assert not _fuse._one_type(here, there)
+    assert not _fuse._one_type(there, there)
+
+
+@pytest.mark.cuda
+@each_case
+def test_on_cuda(name):
+    """As the unfused model there, to 1e-9 in float64, and by the fused operators."""
+    models = [model.cuda() for model in pair(name, torch.float64)[:2]]
+    inputs = [x.cuda() for x in pair(name, torch.float64)[2]]
+    results = []
+    for model in models:
+        torch.cuda.manual_seed(5)
+        results.append((step(model, inputs)[0], torch.cuda.get_rng_state()))
+    assert_close(*results)
+    fused = models[1].float()
+    inputs = [x.float() for x in inputs]
+    assert ours(lambda: fused(*inputs)) == CASES[name][2]
+    with torch.autocast("cuda", torch.bfloat16):
+        assert ours(lambda: fused(*inputs)) == {"apply"}
 
 
 def test_generators_and_shared_dimensions_of_the_dropout():

@@ -1,0 +1,388 @@
+"""A forward method in which dropout and its neighbours are one call, made of the method's source.
+
+Looked for are, for any names of the variables, in one statement or in two:
+
+    DROP(ACTIVATION(x))
+    residual + DROP(x), which may be returned
+    either NORM(residual + DROP(x)), or the sum, possibly renamed, and then NORM(sum)
+
+DROP, ACTIVATION and NORM are calls of attributes with such a name, or functions of
+torch.nn.functional. A sum becomes a condition on the objects that are there at the call, with the
+statements as they were in its `else`; nothing is assumed of these objects here. Every variable that
+the statements leave behind has the value that it had.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import types
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.nn.functional as F
+
+from . import _source
+
+FUSION = "_dropout_ext"  # the attribute of the class that has the functions of _fuse.py
+
+
+_DROPS = ("drop", "stochastic")
+
+
+class Place(NamedTuple):
+    """Attributes of the module that take part, None for what is a function."""
+
+    drop: str | None
+    norm: str | None = None
+    activation: str | None = None
+
+
+class Forward(NamedTuple):
+    function: types.FunctionType
+    places: tuple[Place, ...]
+
+
+def rewritten(function) -> Forward | None:
+    """None where there is nothing to fuse in it."""
+    inner = function
+    while hasattr(inner, "__wrapped__"):
+        inner = inner.__wrapped__
+    code = getattr(inner, "__code__", None)
+    if code is None or not any(_has(name, *_DROPS) for name in code.co_names):
+        return None
+    definition = _source.parse(inner)
+    if definition is None:
+        return None
+    arguments = [*definition.args.posonlyargs, *definition.args.args]
+    if not arguments or _is_assigned(definition, arguments[0].arg):
+        return None
+    rewriter = _Rewriter(inner, arguments[0].arg)
+    rewriter.run(definition)
+    if not rewriter.places:
+        return None
+    new = _rewrapped(function, _source.replaced(inner, definition))
+    return None if new is None else Forward(new, tuple(rewriter.places))
+
+
+def _rewrapped(function, inner):
+    """`inner` in the decorators of `function`, None where they hold it otherwise than in a cell."""
+    if not hasattr(function, "__wrapped__"):
+        return inner
+    wrapped = _rewrapped(function.__wrapped__, inner)
+    if wrapped is None or type(function) is not types.FunctionType:
+        return None
+    cells = function.__closure__ or ()
+    if not any(_holds(cell, function.__wrapped__) for cell in cells):
+        return None
+    itself = types.CellType()
+    closure = tuple(
+        types.CellType(wrapped)
+        if _holds(cell, function.__wrapped__)
+        else itself
+        if _holds(cell, function)
+        else cell
+        for cell in cells
+    )
+    new = _source.remade(function, function.__code__, closure)
+    new.__wrapped__ = wrapped
+    itself.cell_contents = new
+    return new
+
+
+def _holds(cell, value) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # empty
+        return False
+
+
+class _Part(NamedTuple):
+    """A call of a module or function: its text, the attribute that it is, and the argument."""
+
+    text: str
+    attribute: str | None
+    of: ast.expr
+
+
+class _Sum(NamedTuple):
+    """Statements that drop and add."""
+
+    length: int
+    drop: _Part
+    residual: str
+    result: str | None  # the variable, None where it is returned
+    norm: str | None  # in the same statement
+
+
+class _Rewriter:
+    def __init__(self, function: types.FunctionType, self_name: str) -> None:
+        self.function = function
+        self.self = self_name
+        self.places: list[Place] = []
+
+    def run(self, node) -> None:
+        """On the blocks of statements in a function or in a statement of it."""
+        for inner in (*getattr(node, "handlers", ()), *getattr(node, "cases", ())):
+            self.run(inner)
+        for field in ("body", "orelse", "finalbody"):
+            block = getattr(node, field, ())
+            for statement in block:
+                if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                    self.run(statement)
+            if block:
+                setattr(node, field, self._block(block))
+
+    def _block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        done = []
+        while statements:
+            length, new = self._activation(statements) or self._sum(statements) or (1, None)
+            done += new or [self._in_expressions(statements[0])]
+            statements = statements[length:]
+        return done
+
+    # What the statements are.
+
+    def _method(self, node: ast.expr | None, *parts: str) -> tuple[str, ast.expr] | None:
+        """Of `self.<name with one of parts>(expression)` the name and the expression."""
+        if (
+            _is_plain_call(node)
+            and isinstance(node.func, ast.Attribute)
+            and _is_name(node.func.value, self.self)
+            and _has(node.func.attr, *parts)
+        ):
+            return node.func.attr, node.args[0]
+        return None
+
+    def _drop(self, node: ast.expr | None) -> _Part | None:
+        if found := self._method(node, *_DROPS):
+            return _Part(f"{self.self}.{found[0]}", *found)
+        if not (isinstance(node, ast.Call) and self._value_of(node.func) is F.dropout):
+            return None
+        if any(isinstance(argument, ast.Starred) for argument in node.args):
+            return None
+        given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False))
+        given |= {keyword.arg: keyword.value for keyword in node.keywords}
+        training = given.setdefault("training", ast.Constant(True))
+        if set(given) != {"input", "p", "training"}:
+            return None
+        if not (_is_simple(given["p"]) and _is_simple(training)):
+            return None
+        function, p, training = map(ast.unparse, (node.func, given["p"], training))
+        text = f"{self.self}.{FUSION}.Functional({function}, {p}, {training})"
+        return _Part(text, None, given["input"])
+
+    def _activated(self, node: ast.expr | None) -> _Part | None:
+        if found := self._method(node, "act"):
+            return _Part(f"{self.self}.{found[0]}", *found)
+        if _is_plain_call(node) and self._value_of(node.func) in (F.relu, F.gelu, F.silu):
+            return _Part(ast.unparse(node.func), None, node.args[0])
+        return None
+
+    def _value_of(self, node: ast.expr):
+        """What a dotted name of the function's module stands for."""
+        if isinstance(node, ast.Attribute):
+            return getattr(self._value_of(node.value), node.attr, None)
+        code = self.function.__code__
+        inside = (*code.co_varnames, *code.co_cellvars, *code.co_freevars)
+        if isinstance(node, ast.Name) and node.id not in inside:
+            return self.function.__globals__.get(node.id)
+        return None
+
+    def _is_local(self, node: ast.expr) -> bool:
+        """Whether it is a variable that nobody else sees."""
+        code = self.function.__code__
+        return _is_name(node) and node.id in set(code.co_varnames) - set(code.co_cellvars)
+
+    # The sequences: how many statements each is, and what takes their place.
+
+    def _fused_activation(self, drop: _Part, activation: _Part) -> ast.expr:
+        self.places.append(Place(drop.attribute, activation=activation.attribute))
+        call = f"{self.self}.{FUSION}.activate({drop.text}, {activation.text})"
+        call = ast.parse(call, mode="eval").body
+        call.args.append(activation.of)
+        return call
+
+    def _activation(self, statements):
+        name, value = _assigned(statements[0])
+        target, dropped = _assigned(statements[1]) if len(statements) > 1 else (None, None)
+        activation, drop = self._activated(value), self._drop(dropped)
+        if not (activation and drop and name == target and _is_name(drop.of, name)):
+            return None
+        fused = self._fused_activation(drop, activation)
+        return 2, [_at(statements[0], ast.Assign([ast.Name(name, ast.Store())], fused))]
+
+    def _in_expressions(self, statement: ast.stmt) -> ast.stmt:
+        rewriter = self
+
+        class Expressions(ast.NodeTransformer):
+            def visit_Call(self, node):
+                drop = rewriter._drop(node)
+                activation = rewriter._activated(drop.of) if drop else None
+                if activation is None:
+                    return self.generic_visit(node)
+                return _at(node, rewriter._fused_activation(drop, activation))
+
+            def keep(self, node):
+                return node
+
+            visit_Lambda = visit_ListComp = visit_SetComp = visit_DictComp = keep
+            visit_GeneratorExp = keep
+
+        # Of others the blocks have been seen.
+        simple = isinstance(statement, (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr))
+        return Expressions().visit(statement) if simple else statement
+
+    def _find_sum(self, statements) -> _Sum | None:
+        name, value = _assigned(statements[0])
+        drop = self._drop(value)
+        if drop is not None and len(statements) > 1:
+            target, total = _assigned(statements[1], returned=True)
+            norm, total = self._method(total, "norm") or (None, total)
+            if target in (name, None):  # else the variable keeps what was dropped
+                for dropped, residual in _terms(total):
+                    if _is_name(dropped, name) and self._is_local(residual) and residual.id != name:
+                        return _Sum(2, drop, residual.id, target, norm)
+        target, total = _assigned(statements[0], returned=True)
+        norm, total = self._method(total, "norm") or (None, total)
+        for dropped, residual in _terms(total):
+            drop = self._drop(dropped)
+            if drop is not None and self._is_local(residual):
+                return _Sum(1, drop, residual.id, target, norm)
+        return None
+
+    def _sum(self, statements):
+        found = self._find_sum(statements)
+        if found is None:
+            return None
+        length, drop, residual, result, norm = found
+        first, original = statements[0], statements[:length]
+        before, after, of = [], [], drop.of
+        if not _is_name(of):
+            if any(isinstance(node, ast.NamedExpr) for node in ast.walk(of)):
+                return None  # it may be of the residual
+            of = ast.Name("_dropout_ext_input", ast.Load())
+            before = [_at(first, ast.Assign([ast.Name(of.id, ast.Store())], drop.of))]
+            if result is not None:  # it would hold memory
+                after = [_at(first, ast.Delete([ast.Name(of.id, ast.Del())]))]
+            original = [_Replace(drop.of, of).visit(first), *original[1:]]
+        fusion = f"{self.self}.{FUSION}"
+        arguments = f"{drop.text}, {of.id}, {residual}"
+        outcome = "return" if result is None else f"{result} ="
+        add = _Way(f"{fusion}.adds({arguments})", [f"{outcome} {fusion}.add({arguments})"])
+        if norm is not None:
+            arguments = f"{self.self}.{norm}, {arguments}"
+            normed = f"{outcome} {fusion}.add_norm({arguments})"
+            ways = [_Way(f"{fusion}.norms({arguments})", [normed])]
+        elif result is not None and (then := self._normalized(statements[length:], result)):
+            norm, target, renamed, count = then
+            rest = statements[length : length + count]
+            length, original = length + count, [*original, *rest]
+            arguments = f"{self.self}.{norm}, {arguments}"
+            renamed = None if renamed == target else renamed
+            norms = "norms"
+            if target is None:
+                fused = [f"return {fusion}.add_norm({arguments})"]
+            elif target == result and renamed is None:
+                fused = [f"{target} = {fusion}.add_norm({arguments})"]
+            else:
+                norms = "norms_sum"
+                total = renamed if target == result else result
+                fused = [f"{target}, {total} = {fusion}.add_then_norm({arguments})"]
+                if renamed not in (None, total):
+                    fused.append(f"{renamed} = {total}")
+            ways = [_Way(f"{fusion}.{norms}({arguments})", fused), add._replace(rest=rest)]
+        else:
+            ways = [add]
+        self.places.append(Place(drop.attribute, norm=norm))
+        new = original
+        for way in reversed(ways):
+            body = ast.parse("\n".join(way.statements)).body
+            condition = ast.parse(way.condition, mode="eval").body
+            body = [_at(first, statement) for statement in body] + copy.deepcopy(list(way.rest))
+            new = [ast.If(_at(first, condition), body, new, lineno=first.lineno, col_offset=0)]
+        return length, [*before, *new, *after]
+
+    def _normalized(self, statements, total: str):
+        """Of `[renamed = total;] target = self.norm(total)` the norm, target (None where it is
+        returned), renamed, and how many statements it is.
+        """
+        renamed = None
+        for count, statement in enumerate(statements[:2], start=1):
+            target, value = _assigned(statement, returned=True)
+            norm = self._method(value, "norm")
+            if norm is not None and _is_name(norm[1], total):
+                return norm[0], target, renamed, count
+            if not _is_name(value, total) or target in (None, total):
+                return None
+            renamed = target
+        return None
+
+
+class _Way(NamedTuple):
+    condition: str
+    statements: list[str]
+    rest: Sequence[ast.stmt] = ()  # the original's, after them
+
+
+class _Replace(ast.NodeTransformer):
+    def __init__(self, old: ast.expr, new: ast.expr) -> None:
+        self.old, self.new = old, new
+
+    def visit(self, node):
+        return self.new if node is self.old else super().visit(node)
+
+
+def _assigned(statement: ast.stmt, returned: bool = False):
+    """Name and value of an assignment to one name; no name and the value of what is returned."""
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        (target,) = statement.targets
+        return (target.id, statement.value) if _is_name(target) else (None, None)
+    if returned and isinstance(statement, ast.Return):
+        return None, statement.value
+    return None, None
+
+
+def _terms(node: ast.expr | None) -> tuple[tuple[ast.expr, ast.expr], ...]:
+    """The two of a sum, either first."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return (node.left, node.right), (node.right, node.left)
+    return ()
+
+
+def _is_assigned(definition: ast.FunctionDef, name: str) -> bool:
+    return any(_is_name(n, name) and not isinstance(n.ctx, ast.Load) for n in ast.walk(definition))
+
+
+def _is_plain_call(node) -> bool:
+    """Whether it is a call of one argument."""
+    return (
+        isinstance(node, ast.Call)
+        and len(node.args) == 1
+        and not node.keywords
+        and not isinstance(node.args[0], ast.Starred)
+    )
+
+
+def _has(name: str, *parts: str) -> bool:
+    return any(part in name.lower() for part in parts)
+
+
+def _is_name(node, name: str | None = None) -> bool:
+    return isinstance(node, ast.Name) and name in (None, node.id)
+
+
+def _is_simple(node: ast.expr) -> bool:
+    """Whether it may be evaluated twice."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return isinstance(node, (ast.Name, ast.Constant))
+
+
+def _at(place: ast.AST, new: ast.AST) -> ast.AST:
+    """`new` at the line of what it stands for; all of it."""
+    for node in ast.walk(new):
+        if "lineno" in node._attributes:
+            node.lineno, node.end_lineno = place.lineno, place.end_lineno
+            node.col_offset, node.end_col_offset = place.col_offset, place.end_col_offset
+    return new
