@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
@@ -110,7 +110,7 @@ def _class_of_ours(module: nn.Module) -> type[nn.Module] | None:
     return _OURS.get(type(module)) or _paths.converted_class(type(module))
 
 
-def _is_converted_path(module: nn.Module) -> bool:
+def _is_converted_path(module: nn.Module) -> TypeGuard[_paths.Converted]:
     kind = type(module)
     return issubclass(kind, _paths.Converted) and kind is kind._itself and module.generator is None
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copyreg
 import functools
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch.nn.modules import module as _nn_module
 from torch.nn.parameter import Buffer, Parameter
 
 from . import _C, _rewrite, fused, modules
+from ._keys import ModuleMixin
 
 _PLAIN_TENSORS = (Tensor, Parameter, Buffer)
 _KERNELS = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
@@ -27,7 +28,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _DROPOUT = F.dropout
 _GELU = F.gelu
 _ACTIVATIONS = ((F.gelu, "gelu"), (F.relu, "relu"), (F.silu, "silu"))
-_FORWARDS = {
+_FORWARDS: dict[type, Any] = {
     kind: kind.forward
     for kind in (nn.LayerNorm, nn.GELU, nn.ReLU, nn.SiLU, modules.Dropout, modules.DropPath)
 }
@@ -36,7 +37,7 @@ _FORWARDS = {
 class Functional(NamedTuple):
     """A call of F.dropout in a forward."""
 
-    function: Callable
+    function: Callable[..., Tensor]
     p: float
     training: bool
 
@@ -44,7 +45,7 @@ class Functional(NamedTuple):
         return self.function(input, p=self.p, training=self.training)
 
 
-def _why_called(module: nn.Module, *kinds: type) -> str | None:
+def _why_called(module: Any, *kinds: type) -> str | None:
     """Why a module must be called rather than passed over, None where it need not be."""
     if type(module) not in kinds:
         return f"is of {type(module).__name__}"
@@ -59,11 +60,11 @@ def _why_called(module: nn.Module, *kinds: type) -> str | None:
     return None
 
 
-def _passes_over(module: nn.Module, *kinds: type) -> bool:
+def _passes_over(module: Any, *kinds: type) -> bool:
     return _why_called(module, *kinds) is None
 
 
-def _why_drop_called(drop) -> str | None:
+def _why_drop_called(drop: Any) -> str | None:
     """The same of what drops."""
     if type(drop) is Functional:
         return None if drop.function is _DROPOUT else "is another function"
@@ -74,7 +75,7 @@ def _why_drop_called(drop) -> str | None:
     return _why_called(drop, modules.Dropout) or ("is in place" if drop.inplace else None)
 
 
-def _fuses(drop, *tensors: Tensor | None) -> bool:
+def _fuses(drop: Any, *tensors: Tensor | None) -> bool:
     return (
         _why_drop_called(drop) is None
         and drop.training
@@ -89,7 +90,7 @@ def _fuses(drop, *tensors: Tensor | None) -> bool:
     )
 
 
-def _one_type(first: Tensor, *others: Tensor | None) -> bool:
+def _one_type(first: Any, *others: Tensor | None) -> bool:
     """Whether they are plain tensors of one dtype on one device that has kernels for them."""
     if type(first) not in _PLAIN_TENSORS or not first.is_floating_point() or first.is_nested:
         return False
@@ -104,10 +105,10 @@ def _one_type(first: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-def _source(drop, input: Tensor) -> dict[str, object]:
+def _source(drop: Any, input: Tensor) -> dict[str, Any]:
     if type(drop) is Functional:
         return {"p": drop.p}
-    source = {"key": drop._key(None), "generator": drop.generator}
+    source: dict[str, Any] = {"key": drop._key(None), "generator": drop.generator}
     if isinstance(drop, modules.DropPath):
         return source | {"p": drop.drop_prob, "broadcast_dims": range(1, input.dim())}
     return source | {"p": drop.p, "broadcast_dims": drop.broadcast_dims}
@@ -116,7 +117,7 @@ def _source(drop, input: Tensor) -> dict[str, object]:
 # What the forward methods of _rewrite.py call.
 
 
-def adds(drop, input: Tensor, residual: Tensor) -> bool:
+def adds(drop: Any, input: Tensor, residual: Tensor) -> bool:
     """Where both lie alike in memory, so does the sum, whichever comes first in it."""
     return (
         _fuses(drop, input, residual)
@@ -129,11 +130,11 @@ def _contiguous(*tensors: Tensor) -> bool:
     return all(tensor.is_contiguous() for tensor in tensors)
 
 
-def add(drop, input: Tensor, residual: Tensor) -> Tensor:
+def add(drop: Any, input: Tensor, residual: Tensor) -> Tensor:
     return fused.dropout_add(input, residual, **_source(drop, input))
 
 
-def norms(norm: nn.Module, drop, input: Tensor, residual: Tensor) -> bool:
+def norms(norm: Any, drop: Any, input: Tensor, residual: Tensor) -> bool:
     return (
         _passes_over(norm, nn.LayerNorm)
         and _fuses(drop, input, residual, norm.weight, norm.bias)
@@ -141,34 +142,37 @@ def norms(norm: nn.Module, drop, input: Tensor, residual: Tensor) -> bool:
     )
 
 
-def norms_sum(norm: nn.Module, drop, input: Tensor, residual: Tensor) -> bool:
+def norms_sum(norm: Any, drop: Any, input: Tensor, residual: Tensor) -> bool:
     """Of a sum that is used further, which is contiguous."""
     return norms(norm, drop, input, residual) and _contiguous(input, residual)
 
 
-def add_norm(norm: nn.Module, drop, input: Tensor, residual: Tensor) -> Tensor:
-    return fused.dropout_add_layer_norm(
+def add_norm(norm: Any, drop: Any, input: Tensor, residual: Tensor) -> Tensor:
+    out: Tensor = fused.dropout_add_layer_norm(
         input, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
         **_source(drop, input),
     )  # fmt: skip
+    return out
 
 
-def add_then_norm(norm: nn.Module, drop, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def add_then_norm(norm: Any, drop: Any, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """The norm, and the sum that it is of."""
-    return fused.dropout_add_layer_norm(
+    out: tuple[Tensor, Tensor] = fused.dropout_add_layer_norm(
         input, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, return_sum=True,
         **_source(drop, input),
     )  # fmt: skip
+    return out
 
 
-def activate(drop, activation, input: Tensor) -> Tensor:
+def activate(drop: Any, activation: Any, input: Tensor) -> Tensor:
     name = _activation(activation)
     if name is None or not _fuses(drop, input):
-        return drop(activation(input))
+        out: Tensor = drop(activation(input))
+        return out
     return fused.activation_dropout(input, name[0], approximate=name[1], **_source(drop, input))
 
 
-def _activation(activation) -> tuple[str, str] | None:
+def _activation(activation: Any) -> tuple[str, str] | None:
     """Name and approximation, None where it has to be called."""
     if not isinstance(activation, nn.Module):
         for function, name in _ACTIVATIONS:
@@ -178,7 +182,7 @@ def _activation(activation) -> tuple[str, str] | None:
     if not _passes_over(activation, type(activation)):
         return None
     kind = type(activation)
-    if kind is nn.GELU:
+    if type(activation) is nn.GELU:
         return "gelu", activation.approximate
     if kind in (nn.ReLU, nn.SiLU) and not activation.inplace:
         return "relu" if kind is nn.ReLU else "silu", "none"
@@ -188,10 +192,10 @@ def _activation(activation) -> tuple[str, str] | None:
     return None
 
 
-class _Fused:
+class _Fused(ModuleMixin):
     """A class whose forward is fused. `convert` makes it of `_original`, `revert` that of it."""
 
-    _original: type[nn.Module]
+    _original: Any  # a class of modules
     _places: tuple[_rewrite.Place, ...]
 
     def _as_original(self, input: Tensor, methods: tuple[str, ...]) -> bool:
@@ -207,7 +211,7 @@ class _Fused:
         return ""
 
 
-def _reasons(module: nn.Module, place: _rewrite.Place):
+def _reasons(module: nn.Module, place: _rewrite.Place) -> Iterator[tuple[str, str | None]]:
     """(name, why it is called) of all that a fused call would pass over."""
     if place.drop is not None:
         drop = getattr(module, place.drop, None)
@@ -271,7 +275,7 @@ class TransformerEncoderLayer(_Fused, nn.TransformerEncoderLayer):
             check_other=False,
         )
 
-        def attend(x):
+        def attend(x: Tensor) -> Any:
             return self.self_attn(
                 x, x, x, attn_mask=src_mask, key_padding_mask=src_key_padding_mask,
                 need_weights=False, is_causal=is_causal,
@@ -313,13 +317,13 @@ class TransformerDecoderLayer(_Fused, nn.TransformerDecoderLayer):
         if self._as_original(tgt, ("_sa_block", "_mha_block", "_ff_block")):
             return super().forward(*given)
 
-        def attend(x):
+        def attend(x: Tensor) -> Any:
             return self.self_attn(
                 x, x, x, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask,
                 is_causal=tgt_is_causal, need_weights=False,
             )[0]  # fmt: skip
 
-        def attend_memory(x):
+        def attend_memory(x: Tensor) -> Any:
             return self.multihead_attn(
                 x, memory, memory, attn_mask=memory_mask, key_padding_mask=memory_key_padding_mask,
                 is_causal=memory_is_causal, need_weights=False,
@@ -334,43 +338,47 @@ class TransformerDecoderLayer(_Fused, nn.TransformerDecoderLayer):
         return _add_norm(self.dropout3, self.norm3, _feed_forward(self, x), x)
 
 
-def _add(drop, input: Tensor, residual: Tensor) -> Tensor:
+def _add(drop: Any, input: Tensor, residual: Tensor) -> Tensor:
     if adds(drop, input, residual):
         return add(drop, input, residual)
-    return residual + drop(input)
+    total: Tensor = residual + drop(input)
+    return total
 
 
-def _add_norm(drop, norm, input: Tensor, residual: Tensor) -> Tensor:
+def _add_norm(drop: Any, norm: Any, input: Tensor, residual: Tensor) -> Tensor:
     if norms(norm, drop, input, residual):
         return add_norm(norm, drop, input, residual)
-    return norm(_add(drop, input, residual))
+    out: Tensor = norm(_add(drop, input, residual))
+    return out
 
 
-def _add_then_norm(drop, norm, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def _add_then_norm(drop: Any, norm: Any, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     if norms(norm, drop, input, residual):
         return add_then_norm(norm, drop, input, residual)
     total = _add(drop, input, residual)
     return norm(total), total
 
 
-def _leaf(*args):
+def _leaf(*args: Any) -> Any:
     """A call that torch.fx.symbolic_trace does not look into, as it does not into the original."""
     tracer = args[0].tracer
     path, _ = next(reversed(tracer.module_stack.values()))
     return tracer.create_proxy("call_module", path, args, {})
 
 
-def _feed_forward(layer, x: Tensor) -> Tensor:
+def _feed_forward(layer: Any, x: Tensor) -> Any:
     return layer.linear2(activate(layer.dropout, layer.activation, layer.linear1(x)))
 
 
 class _Rewritten(_Fused):
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not what the original does with its subclasses: this one is no other class to anybody."""
 
-    def __reduce_ex__(self, protocol):
-        make, arguments, *state = super().__reduce_ex__(2)
-        if make is not copyreg.__newobj__:  # the original's own
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(2)
+        make, arguments, *state = reduced
+        # Any other is the original's own.
+        if make is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return make, arguments, *state
         return _rebuild, (self._original,), *state
 
@@ -378,16 +386,16 @@ class _Rewritten(_Fused):
 _BY_CLASS = {kind._original: kind for kind in (TransformerEncoderLayer, TransformerDecoderLayer)}
 
 
-def _fused_class(original: type[nn.Module]) -> type[nn.Module] | None:
+def _fused_class(original: Any) -> Any:
     if original in _BY_CLASS:
         return _BY_CLASS[original]
     if issubclass(original, _Fused) or type(original) is not type:
         return None
-    return _with_forward(original, original.forward)
+    return _with_forward(original, cast(Any, original).forward)
 
 
 @functools.cache
-def _with_forward(original: type[nn.Module], forward) -> type[nn.Module] | None:
+def _with_forward(original: Any, forward: Any) -> Any:
     new = _rewrite.rewritten(forward)
     if new is None:
         return None
@@ -408,12 +416,12 @@ def fused_class(module: nn.Module) -> type[nn.Module] | None:
     return kind if kind is not None and _fusible(module, kind._places) else None
 
 
-def _rebuild(original: type[nn.Module]) -> nn.Module:
+def _rebuild(original: Any) -> Any:
     """A module of the fused class, or of the original where that is another one by now."""
     kind = _fused_class(original) or original
     return kind.__new__(kind)
 
 
-def is_fused(module: nn.Module) -> bool:
+def is_fused(module: nn.Module) -> TypeGuard[_Fused]:
     # A class that fully_shard has made of a fused one is another.
     return isinstance(module, _Fused) and "_original" in vars(type(module))

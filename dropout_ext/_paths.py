@@ -6,6 +6,7 @@ They are known by what their code does, wherever it stands: many libraries carry
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +18,28 @@ from ._torch_function import overridable
 class Converted(modules.DropPath):
     """A class of ours in place of `_original`, with its attributes and its repr."""
 
-    _original: type[nn.Module]
+    _original: Any  # a class of modules
 
     def forward(self, *input: Tensor, key: Tensor | None = None, **named: Tensor) -> Tensor:
-        (input,) = *input, *named.values()
-        return self._drop(input, key=self._key(key), generator=self.generator)
+        (given,) = *input, *named.values()
+        return self._drop(given, key=self._key(key), generator=self.generator)
 
-    def _drop(self, input: Tensor, **source) -> Tensor:
+    def _drop(self, input: Tensor, **source: Any) -> Tensor:
         return functional.drop_path(input, self.drop_prob, self.training, **source)
 
     def _is_scaled_rows(self) -> bool:
         return True
 
-    def __reduce_ex__(self, protocol):
-        _, _, *state = super().__reduce_ex__(2)
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(2)
+        _, _, *state = reduced
         return _rebuild, (self._original,), *state
 
 
 class _WithScale(Converted):
     """DropPath of timm."""
 
-    def _drop(self, input: Tensor, **source) -> Tensor:
+    def _drop(self, input: Tensor, **source: Any) -> Tensor:
         p, scales = self.drop_prob, self.scale_by_keep
         return functional.drop_path(input, p, self.training, scales, **source)
 
@@ -48,11 +50,14 @@ class _WithScale(Converted):
 class _WithMode(Converted):
     """StochasticDepth of torchvision: one decision per sample, or one for the whole batch."""
 
+    p: float
+    mode: str
+
     @property
-    def drop_prob(self) -> float:
+    def drop_prob(self) -> float:  # type: ignore[override]
         return self.p
 
-    def _drop(self, input: Tensor, **source) -> Tensor:
+    def _drop(self, input: Tensor, **source: Any) -> Tensor:
         if self.mode == "row":
             return super()._drop(input, **source)
         if self.mode != "batch":
@@ -66,13 +71,20 @@ class _WithMode(Converted):
 
 
 @overridable
-def _drop_batch(input, p, training, *, key=None, generator=None):
+def _drop_batch(
+    input: Tensor,
+    p: float,
+    training: bool,
+    *,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     dims = range(input.dim())
     return functional.dropout(input, p, training, key=key, generator=generator, broadcast_dims=dims)
 
 
 # Fingerprint of a forward: the function that it calls, fingerprint of that, and the class.
-_KNOWN = {
+_KNOWN: dict[str | None, tuple[str | None, str | None, type[Converted] | None]] = {
     # timm 0.6 to 1.0
     "b7bc2f65a83433aee6ebd45a50f8c116": (
         "drop_path",
@@ -96,7 +108,7 @@ _KNOWN = {
 }
 
 
-def converted_class(original: type[nn.Module]) -> type[Converted] | None:
+def converted_class(original: Any) -> type[Converted] | None:
     """The class of ours that does the same, None where it is not known what the original does."""
     if issubclass(original, modules.DropPath) or original.__call__ is not nn.Module.__call__:
         return None
@@ -104,7 +116,7 @@ def converted_class(original: type[nn.Module]) -> type[Converted] | None:
 
 
 @functools.cache
-def _with_forward(original: type[nn.Module], forward) -> type[Converted] | None:
+def _with_forward(original: Any, forward: Any) -> type[Converted] | None:
     # Reading source takes its time.
     code = getattr(forward, "__code__", None)
     if not {"drop_prob", "mode"} & set(getattr(code, "co_names", ())):
@@ -125,7 +137,7 @@ def _with_forward(original: type[nn.Module], forward) -> type[Converted] | None:
         "extra_repr": original.extra_repr,
         "_original": original,
     }
-    converted = type(original.__name__, (kind, original), namespace)
+    converted: type[Converted] = type(original.__name__, (kind, original), namespace)
     converted._itself = converted
     return converted
 
@@ -138,6 +150,6 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def _rebuild(original: type[nn.Module]) -> nn.Module:
+def _rebuild(original: Any) -> Any:
     kind = converted_class(original) or original
     return kind.__new__(kind)

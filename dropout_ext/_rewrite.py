@@ -18,7 +18,7 @@ import ast
 import copy
 import types
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
 import torch.nn.functional as F
 
@@ -28,6 +28,8 @@ FUSION = "_dropout_ext"  # the attribute of the class that has the functions of 
 
 
 _DROPS = ("drop", "stochastic")
+_Node = TypeVar("_Node", bound=ast.AST)
+_Found = tuple[int, list[ast.stmt]] | None
 
 
 class Place(NamedTuple):
@@ -43,7 +45,7 @@ class Forward(NamedTuple):
     places: tuple[Place, ...]
 
 
-def rewritten(function) -> Forward | None:
+def rewritten(function: Any) -> Forward | None:
     """None where there is nothing to fuse in it."""
     inner = function
     while hasattr(inner, "__wrapped__"):
@@ -65,32 +67,33 @@ def rewritten(function) -> Forward | None:
     return None if new is None else Forward(new, tuple(rewriter.places))
 
 
-def _rewrapped(function, inner):
+def _rewrapped(function: Any, inner: Any) -> Any:
     """`inner` in the decorators of `function`, None where they hold it otherwise than in a cell."""
     if not hasattr(function, "__wrapped__"):
         return inner
-    wrapped = _rewrapped(function.__wrapped__, inner)
+    held = function.__wrapped__
+    wrapped = _rewrapped(held, inner)
     if wrapped is None or type(function) is not types.FunctionType:
         return None
     cells = function.__closure__ or ()
-    if not any(_holds(cell, function.__wrapped__) for cell in cells):
+    if not any(_holds(cell, held) for cell in cells):
         return None
     itself = types.CellType()
     closure = tuple(
         types.CellType(wrapped)
-        if _holds(cell, function.__wrapped__)
+        if _holds(cell, held)
         else itself
         if _holds(cell, function)
         else cell
         for cell in cells
     )
     new = _source.remade(function, function.__code__, closure)
-    new.__wrapped__ = wrapped
+    new.__dict__["__wrapped__"] = wrapped
     itself.cell_contents = new
     return new
 
 
-def _holds(cell, value) -> bool:
+def _holds(cell: types.CellType, value: Any) -> bool:
     try:
         return cell.cell_contents is value
     except ValueError:  # empty
@@ -121,7 +124,7 @@ class _Rewriter:
         self.self = self_name
         self.places: list[Place] = []
 
-    def run(self, node) -> None:
+    def run(self, node: Any) -> None:
         """On the blocks of statements in a function or in a statement of it."""
         for inner in (*getattr(node, "handlers", ()), *getattr(node, "cases", ())):
             self.run(inner)
@@ -134,7 +137,7 @@ class _Rewriter:
                 setattr(node, field, self._block(block))
 
     def _block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
-        done = []
+        done: list[ast.stmt] = []
         while statements:
             length, new = self._activation(statements) or self._sum(statements) or (1, None)
             done += new or [self._in_expressions(statements[0])]
@@ -161,7 +164,9 @@ class _Rewriter:
             return None
         if any(isinstance(argument, ast.Starred) for argument in node.args):
             return None
-        given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False))
+        given: dict[str | None, Any] = dict(
+            zip(("input", "p", "training", "inplace"), node.args, strict=False)
+        )
         given |= {keyword.arg: keyword.value for keyword in node.keywords}
         training = given.setdefault("training", ast.Constant(True))
         if set(given) != {"input", "p", "training"}:
@@ -179,7 +184,7 @@ class _Rewriter:
             return _Part(ast.unparse(node.func), None, node.args[0])
         return None
 
-    def _value_of(self, node: ast.expr):
+    def _value_of(self, node: ast.expr) -> Any:
         """What a dotted name of the function's module stands for."""
         if isinstance(node, ast.Attribute):
             return getattr(self._value_of(node.value), node.attr, None)
@@ -189,7 +194,7 @@ class _Rewriter:
             return self.function.__globals__.get(node.id)
         return None
 
-    def _is_local(self, node: ast.expr) -> bool:
+    def _is_local(self, node: ast.expr) -> TypeGuard[ast.Name]:
         """Whether it is a variable that nobody else sees."""
         code = self.function.__code__
         return _is_name(node) and node.id in set(code.co_varnames) - set(code.co_cellvars)
@@ -198,12 +203,12 @@ class _Rewriter:
 
     def _fused_activation(self, drop: _Part, activation: _Part) -> ast.expr:
         self.places.append(Place(drop.attribute, activation=activation.attribute))
-        call = f"{self.self}.{FUSION}.activate({drop.text}, {activation.text})"
-        call = ast.parse(call, mode="eval").body
+        text = f"{self.self}.{FUSION}.activate({drop.text}, {activation.text})"
+        call = cast(ast.Call, ast.parse(text, mode="eval").body)
         call.args.append(activation.of)
         return call
 
-    def _activation(self, statements):
+    def _activation(self, statements: list[ast.stmt]) -> _Found:
         name, value = _assigned(statements[0])
         target, dropped = _assigned(statements[1]) if len(statements) > 1 else (None, None)
         activation, drop = self._activated(value), self._drop(dropped)
@@ -216,14 +221,14 @@ class _Rewriter:
         rewriter = self
 
         class Expressions(ast.NodeTransformer):
-            def visit_Call(self, node):
+            def visit_Call(self, node: ast.Call) -> ast.AST:
                 drop = rewriter._drop(node)
                 activation = rewriter._activated(drop.of) if drop else None
-                if activation is None:
+                if drop is None or activation is None:
                     return self.generic_visit(node)
                 return _at(node, rewriter._fused_activation(drop, activation))
 
-            def keep(self, node):
+            def keep(self, node: ast.AST) -> ast.AST:
                 return node
 
             visit_Lambda = visit_ListComp = visit_SetComp = visit_DictComp = keep
@@ -233,7 +238,7 @@ class _Rewriter:
         simple = isinstance(statement, (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr))
         return Expressions().visit(statement) if simple else statement
 
-    def _find_sum(self, statements) -> _Sum | None:
+    def _find_sum(self, statements: list[ast.stmt]) -> _Sum | None:
         name, value = _assigned(statements[0])
         drop = self._drop(value)
         if drop is not None and len(statements) > 1:
@@ -251,13 +256,15 @@ class _Rewriter:
                 return _Sum(1, drop, residual.id, target, norm)
         return None
 
-    def _sum(self, statements):
+    def _sum(self, statements: list[ast.stmt]) -> _Found:
         found = self._find_sum(statements)
         if found is None:
             return None
         length, drop, residual, result, norm = found
         first, original = statements[0], statements[:length]
-        before, after, of = [], [], drop.of
+        before: list[ast.stmt] = []
+        after: list[ast.stmt] = []
+        of = drop.of
         if not _is_name(of):
             if any(isinstance(node, ast.NamedExpr) for node in ast.walk(of)):
                 return None  # it may be of the residual
@@ -295,7 +302,7 @@ class _Rewriter:
         else:
             ways = [add]
         self.places.append(Place(drop.attribute, norm=norm))
-        new = original
+        new: list[ast.stmt] = original
         for way in reversed(ways):
             body = ast.parse("\n".join(way.statements)).body
             condition = ast.parse(way.condition, mode="eval").body
@@ -303,7 +310,9 @@ class _Rewriter:
             new = [ast.If(_at(first, condition), body, new, lineno=first.lineno, col_offset=0)]
         return length, [*before, *new, *after]
 
-    def _normalized(self, statements, total: str):
+    def _normalized(
+        self, statements: list[ast.stmt], total: str
+    ) -> tuple[str, str | None, str | None, int] | None:
         """Of `[renamed = total;] target = self.norm(total)` the norm, target (None where it is
         returned), renamed, and how many statements it is.
         """
@@ -329,11 +338,11 @@ class _Replace(ast.NodeTransformer):
     def __init__(self, old: ast.expr, new: ast.expr) -> None:
         self.old, self.new = old, new
 
-    def visit(self, node):
+    def visit(self, node: ast.AST) -> Any:
         return self.new if node is self.old else super().visit(node)
 
 
-def _assigned(statement: ast.stmt, returned: bool = False):
+def _assigned(statement: ast.stmt, returned: bool = False) -> tuple[Any, ast.expr | None]:
     """Name and value of an assignment to one name; no name and the value of what is returned."""
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
         (target,) = statement.targets
@@ -354,7 +363,7 @@ def _is_assigned(definition: ast.FunctionDef, name: str) -> bool:
     return any(_is_name(n, name) and not isinstance(n.ctx, ast.Load) for n in ast.walk(definition))
 
 
-def _is_plain_call(node) -> bool:
+def _is_plain_call(node: ast.AST | None) -> TypeGuard[ast.Call]:
     """Whether it is a call of one argument."""
     return (
         isinstance(node, ast.Call)
@@ -368,7 +377,7 @@ def _has(name: str, *parts: str) -> bool:
     return any(part in name.lower() for part in parts)
 
 
-def _is_name(node, name: str | None = None) -> bool:
+def _is_name(node: ast.AST | None, name: str | None = None) -> TypeGuard[ast.Name]:
     return isinstance(node, ast.Name) and name in (None, node.id)
 
 
@@ -379,9 +388,9 @@ def _is_simple(node: ast.expr) -> bool:
     return isinstance(node, (ast.Name, ast.Constant))
 
 
-def _at(place: ast.AST, new: ast.AST) -> ast.AST:
+def _at(place: ast.stmt | ast.expr, new: _Node) -> _Node:
     """`new` at the line of what it stands for; all of it."""
-    for node in ast.walk(new):
+    for node in cast(Any, ast.walk(new)):
         if "lineno" in node._attributes:
             node.lineno, node.end_lineno = place.lineno, place.end_lineno
             node.col_offset, node.end_col_offset = place.col_offset, place.end_col_offset

@@ -10,12 +10,13 @@ import inspect
 import symtable
 import tokenize
 from types import CellType, CodeType, FunctionType
+from typing import Any, cast
 
 _NESTED = inspect.CO_NESTED  # whether it stands in another function
 _FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 
 
-def parse(function) -> ast.FunctionDef | None:
+def parse(function: Any) -> ast.FunctionDef | None:
     """The definition of a function without decorators, defaults and annotations. None where there
     is no source, or where it has been changed since and does not compile to what runs.
     """
@@ -28,7 +29,7 @@ def parse(function) -> ast.FunctionDef | None:
         nested = block[0][:1].isspace()
         (definition,) = ast.parse("".join(["if 1:\n"] * nested + block)).body
         if nested:
-            (definition,) = definition.body
+            (definition,) = cast(ast.If, definition).body
         if not isinstance(definition, ast.FunctionDef):
             return None
         ast.increment_lineno(definition, before - nested)
@@ -83,7 +84,8 @@ def _code(definition: ast.FunctionDef, function: FunctionType) -> CodeType:
     imports = [ast.Import([ast.alias(name)]) for name in _imported("".join(lines))]
     module = ast.fix_missing_locations(ast.Module([*imports, around], type_ignores=[]))
     flags = function.__code__.co_flags & _FUTURE
-    code = compile(module, function.__code__.co_filename, "exec", flags, dont_inherit=True)
+    file = function.__code__.co_filename
+    code: CodeType = compile(module, file, "exec", flags, dont_inherit=True)
     for name in ("around", definition.name):
         (code,) = (c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name)
     return code
@@ -111,14 +113,14 @@ def _same(a: CodeType, b: CodeType) -> bool:
     )
 
 
-def _same_constants(a, b) -> bool:
+def _same_constants(a: Any, b: Any) -> bool:
     if isinstance(a, CodeType) and isinstance(b, CodeType):
         return _same(a, b)
     # 0.0 and -0.0 are equal, NaN is not, and a set has many texts.
     return type(a) is type(b) and (a == b if isinstance(a, frozenset) else repr(a) == repr(b))
 
 
-def fingerprint(function) -> str | None:
+def fingerprint(function: Any) -> str | None:
     """Equal for functions that do the same by the same steps, whatever the names of their variables
     and what they say of themselves. None where `parse` is.
     """
@@ -130,7 +132,7 @@ def fingerprint(function) -> str | None:
         body = body[1:]
     names = {name: f"variable {n}" for n, name in enumerate(function.__code__.co_varnames)}
 
-    def steps(part):
+    def steps(part: Any) -> Any:
         if isinstance(part, ast.AST):
             # What is empty is left out, because versions of Python differ in it.
             fields = [(name, steps(value)) for name, value in ast.iter_fields(part)]

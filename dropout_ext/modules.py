@@ -310,6 +310,7 @@ class DropPath(Keyed, nn.Module):
     """
 
     generator: torch.Generator | None = None
+    _itself: type
     __prepare_scriptable__ = _no_script
 
     def __init__(
