@@ -352,6 +352,8 @@ def test_attention_arguments(name):
             return type(error), str(error)
 
     expected = outcome()
+    if name == "E of 0":  # all weights are equal; torch 2.12 says 0
+        expected = r(1, 4, 7, 8).mean(-2, keepdim=True).expand(1, 4, 5, 8)
     with override():
         actual = outcome()
         with Operators() as operators:  # under which PyTorch takes more masks than without
