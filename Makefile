@@ -164,13 +164,13 @@ wheel: build ## sdist, and from it a wheel named for its torch; installed and ch
 	  tar -C build/dist -xf build/dist/*.tar.gz && \
 	  DROPOUT_EXT_WHEEL=1 $(PY) -m build --no-isolation --wheel --outdir build/dist build/dist/dropout_ext-*/; \
 	  } >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
-	PATH="$(abspath $(VENV))/bin:$$PATH" auditwheel -q repair --wheel-dir build/dist/wheel \
+	PATH="$(abspath $(VENV))/bin:$$PATH" auditwheel repair --wheel-dir build/dist/wheel \
 	  --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' build/dist/*.whl
 	$(PYTHON) -m venv build/dist/env
 	build/dist/env/bin/pip install -q "$(TORCH)" numpy build/dist/wheel/*.whl
 	cd build/dist/env && bin/dropout-ext
 	@ls build/dist/env/lib/python*/site-packages/dropout_ext/py.typed >/dev/null
-	@ls build/dist/wheel/*.whl
+	@ls build/dist/wheel/*+torch*.whl
 
 dist: wheel ## the wheel, and the tests of the sdist, which must be complete
 	@git ls-files | (cd build/dist/dropout_ext-*/ && xargs ls -d >/dev/null) || \

@@ -21,6 +21,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 # The oldest that works; the newest that the tests pass with, beyond which it may.
@@ -197,14 +198,16 @@ def with_torch(torch) -> dict:
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
         extra_link_args=link_flags,
     )
-    options = {}
-    if os.environ.get("DROPOUT_EXT_WHEEL") == "1":
-        cuda = f"cu{torch.version.cuda.replace('.', '')}" if cuda_home else "cpu"
-        options["egg_info"] = {"tag_build": "+torch{}.{}.{}".format(*release, cuda)}
+    class EggInfo(egg_info):
+        def finalize_options(self):
+            if os.environ.get("DROPOUT_EXT_WHEEL") == "1":
+                cuda = f"cu{torch.version.cuda.replace('.', '')}" if cuda_home else "cpu"
+                self.tag_build = "+torch{}.{}.{}".format(*release, cuda)
+            super().finalize_options()
+
     return {
-        "options": options,
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExt},
+        "cmdclass": {"build_ext": BuildExt, "egg_info": EggInfo},
         # torch's C++ interface changes with every minor version, so a wheel belongs to one.
         "install_requires": ["torch=={}.{}.*".format(*release)],
     }
