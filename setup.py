@@ -198,6 +198,7 @@ def with_torch(torch) -> dict:
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
         extra_link_args=link_flags,
     )
+
     class EggInfo(egg_info):
         def finalize_options(self):
             if os.environ.get("DROPOUT_EXT_WHEEL") == "1":
