@@ -46,7 +46,7 @@ def run(input: Tensor, call: Call) -> Tensor:
         from . import _nested
 
         return _nested.run(input, call)
-    if _is_empty(input):
+    if is_empty(input):
         return input
     check_source(call.key, call.generator)
     if is_dtensor(input):
@@ -147,7 +147,7 @@ def check_source(
         )
 
 
-def _is_empty(input: Tensor) -> bool:
+def is_empty(input: Tensor) -> bool:
     numel = input.numel()
     if not is_dynamo_compiling() and type(numel) is int:
         return numel == 0

@@ -102,7 +102,8 @@ def revert(model: nn.Module) -> nn.Module:
         if type(module) in _TORCH and not any(vars(module).get(name) for name in _EXTRA):
             module.__class__ = _TORCH[type(module)]
         elif _fuse.is_fused(module) or _is_converted_path(module):
-            module.__class__ = module._original
+            kind: Any = type(module)
+            module.__class__ = kind._dropout_ext_original
     return model
 
 
@@ -189,7 +190,7 @@ def dropout_summary(model: nn.Module) -> DropoutSummary:
         if isinstance(module, (*_ALL_OURS, *_FUSED)):
             state, reason = "converted", ""
         elif _fuse.is_fused(module):
-            state, reason = "fused", module.why_unfused()
+            state, reason = "fused", _fuse.why_unfused(module)
         elif _class_of_ours(module):
             obstacle = _obstacle(module)
             state, reason = ("to convert", "") if obstacle is None else ("left", obstacle)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -28,6 +30,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _DROPOUT = F.dropout
 _GELU = F.gelu
 _ACTIVATIONS = ((F.gelu, "gelu"), (F.relu, "relu"), (F.silu, "silu"))
+# What modules call.
+_CALL = nn.Module.__call__
+_FUNCTIONS: dict[type, tuple[str, Any]] = {
+    nn.LayerNorm: ("layer_norm", F.layer_norm),
+    nn.GELU: ("gelu", F.gelu),
+    nn.ReLU: ("relu", F.relu),
+    nn.SiLU: ("silu", F.silu),
+}
 _FORWARDS: dict[type, Any] = {
     kind: kind.forward
     for kind in (nn.LayerNorm, nn.GELU, nn.ReLU, nn.SiLU, modules.Dropout, modules.DropPath)
@@ -53,6 +63,12 @@ def _why_called(module: Any, *kinds: type) -> str | None:
         return "has a forward of its own"
     if type(module) in _FORWARDS and type(module).forward is not _FORWARDS[type(module)]:
         return "is of a class with another forward"
+    if type(module).__call__ is not _CALL:
+        return "is of a class that is called otherwise"
+    if type(module) in _FUNCTIONS:
+        name, function = _FUNCTIONS[type(module)]
+        if getattr(F, name) is not function:
+            return f"calls another F.{name}"
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "has hooks"
     if module._compiled_call_impl is not None:
@@ -100,7 +116,14 @@ def _one_type(first: Any, *others: Tensor | None) -> bool:
     if device.type not in _KERNELS or torch.is_autocast_enabled(device.type):
         return False
     return all(
-        t is None or (type(t) in _PLAIN_TENSORS and t.dtype == first.dtype and t.device == device)
+        t is None
+        or (
+            type(t) in _PLAIN_TENSORS
+            and t.layout is torch.strided
+            and not t.is_nested
+            and t.dtype == first.dtype
+            and t.device == device
+        )
         for t in others
     )
 
@@ -120,7 +143,8 @@ def _source(drop: Any, input: Tensor) -> dict[str, Any]:
 def adds(drop: Any, input: Tensor, residual: Tensor) -> bool:
     """Where both lie alike in memory, so does the sum, whichever comes first in it."""
     return (
-        _fuses(drop, input, residual)
+        residual is not None
+        and _fuses(drop, input, residual)
         and input.shape == residual.shape
         and (_contiguous(input, residual) or input.stride() == residual.stride())
     )
@@ -136,9 +160,11 @@ def add(drop: Any, input: Tensor, residual: Tensor) -> Tensor:
 
 def norms(norm: Any, drop: Any, input: Tensor, residual: Tensor) -> bool:
     return (
-        _passes_over(norm, nn.LayerNorm)
+        residual is not None
+        and _passes_over(norm, nn.LayerNorm)
         and _fuses(drop, input, residual, norm.weight, norm.bias)
         and input.shape == residual.shape
+        and input.shape[input.dim() - len(norm.normalized_shape) :] == norm.normalized_shape
     )
 
 
@@ -164,7 +190,7 @@ def add_then_norm(norm: Any, drop: Any, input: Tensor, residual: Tensor) -> tupl
     return out
 
 
-def activate(drop: Any, activation: Any, input: Tensor) -> Tensor:
+def activate(activation: Any, input: Tensor, drop: Any) -> Tensor:
     name = _activation(activation)
     if name is None or not _fuses(drop, input):
         out: Tensor = drop(activation(input))
@@ -193,22 +219,26 @@ def _activation(activation: Any) -> tuple[str, str] | None:
 
 
 class _Fused(ModuleMixin):
-    """A class whose forward is fused. `convert` makes it of `_original`, `revert` that of it."""
+    """A class whose forward is fused. `convert` makes it of the original, `revert` that of it. Its
+    names are long, since an instance's own submodules come after them.
+    """
 
-    _original: Any  # a class of modules
-    _places: tuple[_rewrite.Place, ...]
+    _dropout_ext_original: Any  # a class of modules
+    _dropout_ext_places: tuple[_rewrite.Place, ...]
 
-    def _as_original(self, input: Tensor, methods: tuple[str, ...]) -> bool:
-        """Whether not to pass over methods that it has by itself."""
-        return type(input) not in _PLAIN_TENSORS or any(name in self.__dict__ for name in methods)
 
-    def why_unfused(self) -> str:
-        """What keeps a place from being fused, for a summary."""
-        for place in self._places:
-            for name, why in _reasons(self, place):
-                if why is not None:
-                    return f"partly as it was: its {name} {why}"
-        return ""
+def _as_original(module: nn.Module, input: Tensor, methods: tuple[str, ...]) -> bool:
+    """Whether not to pass over methods that it has by itself."""
+    return type(input) not in _PLAIN_TENSORS or any(name in module.__dict__ for name in methods)
+
+
+def why_unfused(module: nn.Module) -> str:
+    """What keeps a place of a fused module from being fused, for a summary."""
+    for place in cast(Any, type(module))._dropout_ext_places:
+        for name, why in _reasons(module, place):
+            if why is not None:
+                return f"partly as it was: its {name} {why}"
+    return ""
 
 
 def _reasons(module: nn.Module, place: _rewrite.Place) -> Iterator[tuple[str, str | None]]:
@@ -241,8 +271,8 @@ def _fusible(module: nn.Module, places: tuple[_rewrite.Place, ...]) -> bool:
 
 
 class TransformerEncoderLayer(_Fused, nn.TransformerEncoderLayer):
-    _original = nn.TransformerEncoderLayer
-    _places = (
+    _dropout_ext_original = nn.TransformerEncoderLayer
+    _dropout_ext_places = (
         _rewrite.Place("dropout", activation="activation"),
         _rewrite.Place("dropout1", "norm1"),
         _rewrite.Place("dropout2", "norm2"),
@@ -257,7 +287,7 @@ class TransformerEncoderLayer(_Fused, nn.TransformerEncoderLayer):
     ) -> Tensor:
         if isinstance(src, torch.fx.Proxy) and src.tracer.module_stack:
             return _leaf(src, src_mask, src_key_padding_mask, is_causal)
-        if not self.training or self._as_original(src, ("_sa_block", "_ff_block")):
+        if not self.training or _as_original(self, src, ("_sa_block", "_ff_block")):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         src_key_padding_mask = F._canonical_mask(
             mask=src_key_padding_mask,
@@ -289,8 +319,8 @@ class TransformerEncoderLayer(_Fused, nn.TransformerEncoderLayer):
 
 
 class TransformerDecoderLayer(_Fused, nn.TransformerDecoderLayer):
-    _original = nn.TransformerDecoderLayer
-    _places = (
+    _dropout_ext_original = nn.TransformerDecoderLayer
+    _dropout_ext_places = (
         _rewrite.Place("dropout", activation="activation"),
         _rewrite.Place("dropout1", "norm1"),
         _rewrite.Place("dropout2", "norm2"),
@@ -314,7 +344,7 @@ class TransformerDecoderLayer(_Fused, nn.TransformerDecoderLayer):
         )  # fmt: skip
         if isinstance(tgt, torch.fx.Proxy) and tgt.tracer.module_stack:
             return _leaf(*given)
-        if self._as_original(tgt, ("_sa_block", "_mha_block", "_ff_block")):
+        if _as_original(self, tgt, ("_sa_block", "_mha_block", "_ff_block")):
             return super().forward(*given)
 
         def attend(x: Tensor) -> Any:
@@ -367,7 +397,7 @@ def _leaf(*args: Any) -> Any:
 
 
 def _feed_forward(layer: Any, x: Tensor) -> Any:
-    return layer.linear2(activate(layer.dropout, layer.activation, layer.linear1(x)))
+    return layer.linear2(activate(layer.activation, layer.linear1(x), layer.dropout))
 
 
 class _Rewritten(_Fused):
@@ -376,14 +406,18 @@ class _Rewritten(_Fused):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(2)
+        if "_dropout_ext_original" not in vars(type(self)):  # a subclass that somebody made
+            return cast(tuple[Any, ...], reduced)
         make, arguments, *state = reduced
         # Any other is the original's own.
         if make is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return make, arguments, *state
-        return _rebuild, (self._original,), *state
+        return _rebuild, (type(self)._dropout_ext_original,), *state
 
 
-_BY_CLASS = {kind._original: kind for kind in (TransformerEncoderLayer, TransformerDecoderLayer)}
+_BY_CLASS = {
+    kind._dropout_ext_original: kind for kind in (TransformerEncoderLayer, TransformerDecoderLayer)
+}
 
 
 def _fused_class(original: Any) -> Any:
@@ -391,19 +425,21 @@ def _fused_class(original: Any) -> Any:
         return _BY_CLASS[original]
     if issubclass(original, _Fused) or type(original) is not type:
         return None
+    if not isinstance(inspect.getattr_static(original, "forward"), FunctionType):
+        return None
     return _with_forward(original, cast(Any, original).forward)
 
 
 @functools.cache
 def _with_forward(original: Any, forward: Any) -> Any:
-    new = _rewrite.rewritten(forward)
+    new = _rewrite.rewritten(original, forward)
     if new is None:
         return None
     namespace = {
         "__doc__": original.__doc__,
         "__module__": __name__,
-        "_original": original,
-        "_places": new.places,
+        "_dropout_ext_original": original,
+        "_dropout_ext_places": new.places,
         _rewrite.FUSION: sys.modules[__name__],
         "forward": new.function,
     }
@@ -413,7 +449,7 @@ def _with_forward(original: Any, forward: Any) -> Any:
 def fused_class(module: nn.Module) -> type[nn.Module] | None:
     """The class that does the same with fused dropout, None where there is none for this module."""
     kind = _fused_class(type(module))
-    return kind if kind is not None and _fusible(module, kind._places) else None
+    return kind if kind is not None and _fusible(module, kind._dropout_ext_places) else None
 
 
 def _rebuild(original: Any) -> Any:
@@ -424,4 +460,4 @@ def _rebuild(original: Any) -> Any:
 
 def is_fused(module: nn.Module) -> TypeGuard[_Fused]:
     # A class that fully_shard has made of a fused one is another.
-    return isinstance(module, _Fused) and "_original" in vars(type(module))
+    return isinstance(module, _Fused) and "_dropout_ext_original" in vars(type(module))

@@ -6,7 +6,7 @@ They are known by what their code does, wherever it stands: many libraries carry
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,32 +16,37 @@ from ._torch_function import overridable
 
 
 class Converted(modules.DropPath):
-    """A class of ours in place of `_original`, with its attributes and its repr."""
+    """A class of ours in place of another, with its attributes and its repr."""
 
-    _original: Any  # a class of modules
+    _dropout_ext_original: Any  # a class of modules
 
     def forward(self, *input: Tensor, key: Tensor | None = None, **named: Tensor) -> Tensor:
-        (given,) = *input, *named.values()
-        return self._drop(given, key=self._key(key), generator=self.generator)
+        given = (*input, *named.values())
+        if len(given) != 1:
+            raise TypeError(f"{type(self).__name__}.forward() takes 1 input, but got {len(given)}")
+        return self._drop(given[0], key=self._key(key), generator=self.generator)
 
     def _drop(self, input: Tensor, **source: Any) -> Tensor:
-        return functional.drop_path(input, self.drop_prob, self.training, **source)
+        if not self.training or not self.drop_prob:
+            return input  # whatever it is, as the original
+        return functional.drop_path(input, self.drop_prob, True, **source)
 
     def _is_scaled_rows(self) -> bool:
         return True
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(2)
+        if type(self) is not self._itself:  # a subclass that somebody made
+            return cast(tuple[Any, ...], reduced)
         _, _, *state = reduced
-        return _rebuild, (self._original,), *state
+        return _rebuild, (type(self)._dropout_ext_original,), *state
 
 
 class _WithScale(Converted):
     """DropPath of timm."""
 
     def _drop(self, input: Tensor, **source: Any) -> Tensor:
-        p, scales = self.drop_prob, self.scale_by_keep
-        return functional.drop_path(input, p, self.training, scales, **source)
+        return super()._drop(input, scale_by_keep=self.scale_by_keep, **source)
 
     def _is_scaled_rows(self) -> bool:
         return self.scale_by_keep
@@ -59,7 +64,7 @@ class _WithMode(Converted):
 
     def _drop(self, input: Tensor, **source: Any) -> Tensor:
         if self.mode == "row":
-            return super()._drop(input, **source)
+            return functional.drop_path(input, self.p, self.training, **source)
         if self.mode != "batch":
             raise ValueError(
                 f"StochasticDepth: mode is {self.mode!r}, but accepted are 'batch' and 'row'"
@@ -115,18 +120,24 @@ def converted_class(original: Any) -> type[Converted] | None:
     return _with_forward(original, getattr(original, "forward", None))
 
 
+# What a converted class has besides.
+_OWN = ("generator", "_drop", "_is_scaled_rows", "_itself", "_key")
+
+
 @functools.cache
 def _with_forward(original: Any, forward: Any) -> type[Converted] | None:
     # Reading source takes its time.
     code = getattr(forward, "__code__", None)
+    if code is None or code.co_freevars or any(hasattr(original, name) for name in _OWN):
+        return None
     if not {"drop_prob", "mode"} & set(getattr(code, "co_names", ())):
         return None
     callee, code, kind = _KNOWN.get(_source.fingerprint(forward), (None, None, None))
     outside = getattr(forward, "__globals__", {})
     if callee is not None:
-        called = outside.get(callee)
+        called: Any = outside.get(callee)
         outside = getattr(called, "__globals__", {})
-        if _source.fingerprint(called) != code:
+        if _source.fingerprint(called) != code or called.__code__.co_freevars:
             return None
     if kind is None or outside.get("torch", torch) is not torch:
         return None
@@ -135,7 +146,7 @@ def _with_forward(original: Any, forward: Any) -> type[Converted] | None:
         "__module__": modules.__name__,  # a leaf of torch.fx.symbolic_trace, as those are
         "__repr__": original.__repr__,
         "extra_repr": original.extra_repr,
-        "_original": original,
+        "_dropout_ext_original": original,
     }
     converted: type[Converted] = type(original.__name__, (kind, original), namespace)
     converted._itself = converted
@@ -147,6 +158,10 @@ def obstacle(module: nn.Module) -> str | None:
     p = getattr(module, "drop_prob", getattr(module, "p", None))
     if not isinstance(p, (int, float)) or not 0 <= p <= 1:
         return f"its probability is {p!r}, no number from 0 to 1"
+    own = (*_OWN, "drop_prob") if hasattr(module, "mode") else _OWN
+    for name in own:
+        if hasattr(module, name):
+            return f"its {name} would be taken for ours"
     return None
 
 

@@ -10,13 +10,20 @@ DROP, ACTIVATION and NORM are calls of attributes with such a name, or functions
 torch.nn.functional. A sum becomes a condition on the objects that are there at the call, with the
 statements as they were in its `else`; nothing is assumed of these objects here. Every variable that
 the statements leave behind has the value that it had.
+
+Left alone is what could be seen to change: in `try` and `with`, where an error is not the end;
+variables that others see too, of closures or global ones; properties, which would be read more
+than once; a sum that anything but further sums and its norm gets, which could ask for its gradient;
+and forwards that ask what class they are of.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
+import inspect
 import types
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
@@ -45,8 +52,8 @@ class Forward(NamedTuple):
     places: tuple[Place, ...]
 
 
-def rewritten(function: Any) -> Forward | None:
-    """None where there is nothing to fuse in it."""
+def rewritten(original: type, function: Any) -> Forward | None:
+    """Of the forward of a class; None where there is nothing to fuse in it."""
     inner = function
     while hasattr(inner, "__wrapped__"):
         inner = inner.__wrapped__
@@ -57,9 +64,9 @@ def rewritten(function: Any) -> Forward | None:
     if definition is None:
         return None
     arguments = [*definition.args.posonlyargs, *definition.args.args]
-    if not arguments or _is_assigned(definition, arguments[0].arg):
+    if not arguments or not _is_read_plainly(definition, arguments[0].arg):
         return None
-    rewriter = _Rewriter(inner, arguments[0].arg)
+    rewriter = _Rewriter(original, inner, definition, arguments[0].arg)
     rewriter.run(definition)
     if not rewriter.places:
         return None
@@ -118,20 +125,40 @@ class _Sum(NamedTuple):
     norm: str | None  # in the same statement
 
 
+# Whose blocks are left alone, where there are such in this version of Python.
+_LEFT = ("FunctionDef", "AsyncFunctionDef", "ClassDef", "Try", "TryStar", "With", "AsyncWith")
+_LEFT_TYPES = tuple(getattr(ast, name) for name in _LEFT if hasattr(ast, name))
+
+
 class _Rewriter:
-    def __init__(self, function: types.FunctionType, self_name: str) -> None:
+    def __init__(
+        self,
+        original: type,
+        function: types.FunctionType,
+        definition: ast.FunctionDef,
+        self_name: str,
+    ) -> None:
+        self.original = original
         self.function = function
         self.self = self_name
         self.places: list[Place] = []
+        self.loads = Counter(n.id for n in ast.walk(definition) if _is_loaded(n))
+        self.summed = Counter(
+            n.id
+            for parent in ast.walk(definition)
+            if isinstance(parent, ast.BinOp)
+            for n in (parent.left, parent.right)
+            if _is_loaded(n)
+        )
 
     def run(self, node: Any) -> None:
         """On the blocks of statements in a function or in a statement of it."""
-        for inner in (*getattr(node, "handlers", ()), *getattr(node, "cases", ())):
+        for inner in getattr(node, "cases", ()):
             self.run(inner)
-        for field in ("body", "orelse", "finalbody"):
+        for field in ("body", "orelse"):
             block = getattr(node, field, ())
             for statement in block:
-                if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                if not isinstance(statement, _LEFT_TYPES):
                     self.run(statement)
             if block:
                 setattr(node, field, self._block(block))
@@ -153,6 +180,7 @@ class _Rewriter:
             and isinstance(node.func, ast.Attribute)
             and _is_name(node.func.value, self.self)
             and _has(node.func.attr, *parts)
+            and not self._is_property(node.func.attr)
         ):
             return node.func.attr, node.args[0]
         return None
@@ -171,7 +199,7 @@ class _Rewriter:
         training = given.setdefault("training", ast.Constant(True))
         if set(given) != {"input", "p", "training"}:
             return None
-        if not (_is_simple(given["p"]) and _is_simple(training)):
+        if not (self._is_simple(given["p"]) and self._is_simple(training)):
             return None
         function, p, training = map(ast.unparse, (node.func, given["p"], training))
         text = f"{self.self}.{FUSION}.Functional({function}, {p}, {training})"
@@ -194,18 +222,35 @@ class _Rewriter:
             return self.function.__globals__.get(node.id)
         return None
 
-    def _is_local(self, node: ast.expr) -> TypeGuard[ast.Name]:
+    def _is_local(self, name: str | None) -> bool:
         """Whether it is a variable that nobody else sees."""
         code = self.function.__code__
-        return _is_name(node) and node.id in set(code.co_varnames) - set(code.co_cellvars)
+        return name in set(code.co_varnames) - set(code.co_cellvars)
+
+    def _is_only_summed(self, name: str, otherwise: int) -> bool:
+        """Whether it is read as a term, and otherwise so often: the sum and the norm that one call
+        returns have one node in the graph, so that nobody may ask for the sum's own gradient.
+        """
+        return self.loads[name] == self.summed[name] + otherwise
+
+    def _is_property(self, name: str) -> bool:
+        return isinstance(inspect.getattr_static(self.original, name, None), property)
+
+    def _is_simple(self, node: ast.expr) -> bool:
+        """Whether it may be evaluated twice."""
+        while isinstance(node, ast.Attribute):
+            if self._is_property(node.attr):
+                return False
+            node = node.value
+        return isinstance(node, (ast.Name, ast.Constant))
 
     # The sequences: how many statements each is, and what takes their place.
 
     def _fused_activation(self, drop: _Part, activation: _Part) -> ast.expr:
         self.places.append(Place(drop.attribute, activation=activation.attribute))
-        text = f"{self.self}.{FUSION}.activate({drop.text}, {activation.text})"
+        text = f"{self.self}.{FUSION}.activate({activation.text}, {drop.text})"
         call = cast(ast.Call, ast.parse(text, mode="eval").body)
-        call.args.append(activation.of)
+        call.args.insert(1, activation.of)  # which may change what drops
         return call
 
     def _activation(self, statements: list[ast.stmt]) -> _Found:
@@ -213,6 +258,8 @@ class _Rewriter:
         target, dropped = _assigned(statements[1]) if len(statements) > 1 else (None, None)
         activation, drop = self._activated(value), self._drop(dropped)
         if not (activation and drop and name == target and _is_name(drop.of, name)):
+            return None
+        if not self._is_local(name):
             return None
         fused = self._fused_activation(drop, activation)
         return 2, [_at(statements[0], ast.Assign([ast.Name(name, ast.Store())], fused))]
@@ -241,18 +288,22 @@ class _Rewriter:
     def _find_sum(self, statements: list[ast.stmt]) -> _Sum | None:
         name, value = _assigned(statements[0])
         drop = self._drop(value)
-        if drop is not None and len(statements) > 1:
+        if drop is not None and self._is_local(name) and len(statements) > 1:
             target, total = _assigned(statements[1], returned=True)
             norm, total = self._method(total, "norm") or (None, total)
             if target in (name, None):  # else the variable keeps what was dropped
                 for dropped, residual in _terms(total):
-                    if _is_name(dropped, name) and self._is_local(residual) and residual.id != name:
+                    if not (_is_name(dropped, name) and _is_name(residual)):
+                        continue
+                    if residual.id != name and self._is_local(residual.id):
                         return _Sum(2, drop, residual.id, target, norm)
         target, total = _assigned(statements[0], returned=True)
         norm, total = self._method(total, "norm") or (None, total)
+        if target is not None and not self._is_local(target):
+            return None
         for dropped, residual in _terms(total):
             drop = self._drop(dropped)
-            if drop is not None and self._is_local(residual):
+            if drop is not None and _is_name(residual) and self._is_local(residual.id):
                 return _Sum(1, drop, residual.id, target, norm)
         return None
 
@@ -320,7 +371,14 @@ class _Rewriter:
         for count, statement in enumerate(statements[:2], start=1):
             target, value = _assigned(statement, returned=True)
             norm = self._method(value, "norm")
+            if target is not None and not self._is_local(target):
+                return None
             if norm is not None and _is_name(norm[1], total):
+                kept = target is not None and (target != total or renamed not in (None, target))
+                names = {total: count} if target not in (None, total) else {}
+                names |= {renamed: 0} if renamed not in (None, target) else {}
+                if kept and not all(self._is_only_summed(*name) for name in names.items()):
+                    return None
                 return norm[0], target, renamed, count
             if not _is_name(value, total) or target in (None, total):
                 return None
@@ -359,8 +417,22 @@ def _terms(node: ast.expr | None) -> tuple[tuple[ast.expr, ast.expr], ...]:
     return ()
 
 
-def _is_assigned(definition: ast.FunctionDef, name: str) -> bool:
-    return any(_is_name(n, name) and not isinstance(n.ctx, ast.Load) for n in ast.walk(definition))
+def _is_read_plainly(definition: ast.FunctionDef, name: str) -> bool:
+    """Whether it keeps its value and nobody asks for its class."""
+    for node in ast.walk(definition):
+        if _is_name(node, name) and not isinstance(node.ctx, ast.Load):
+            return False
+        if name in (getattr(node, "name", None), getattr(node, "asname", None)):
+            return False
+        if isinstance(node, ast.Attribute) and node.attr == "__class__":
+            return False
+        if isinstance(node, ast.Call) and _is_name(node.func, "type"):
+            return False
+    return True
+
+
+def _is_loaded(node: ast.AST) -> TypeGuard[ast.Name]:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
 
 
 def _is_plain_call(node: ast.AST | None) -> TypeGuard[ast.Call]:
@@ -379,13 +451,6 @@ def _has(name: str, *parts: str) -> bool:
 
 def _is_name(node: ast.AST | None, name: str | None = None) -> TypeGuard[ast.Name]:
     return isinstance(node, ast.Name) and name in (None, node.id)
-
-
-def _is_simple(node: ast.expr) -> bool:
-    """Whether it may be evaluated twice."""
-    while isinstance(node, ast.Attribute):
-        node = node.value
-    return isinstance(node, (ast.Name, ast.Constant))
 
 
 def _at(place: ast.stmt | ast.expr, new: _Node) -> _Node:

@@ -48,7 +48,7 @@ def run(
     call = call._replace(mask_offset=_geometry.wrap_offset(call.mask_offset))
     if sum_dtype is None:
         sum_dtype = (input if residual is None else residual).dtype
-    drops = call.training and call.p != 0
+    drops = call.training and call.p != 0 and not _call.is_empty(input)
     dims = 0 if norm is None else _norm_dims(input, norm.normalized_shape)
     dtype = input.dtype if norm is None or norm.dtype is None else norm.dtype
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
@@ -136,7 +136,7 @@ def run_activation(input: Tensor, activation: str, approximate: str, call: Call)
     _call.check_tensor(input)
     _call.check_probability(call.p)
     _call.check_source(call.key, call.generator)
-    if not call.training or call.p == 0:
+    if not call.training or call.p == 0 or _call.is_empty(input):
         return apply_activation(input, activation, approximate)
     composed = _call.is_dtensor(input) or input.is_nested or input.dtype == torch.float64
     if composed or not input.is_floating_point():

@@ -67,7 +67,7 @@ def with_mode(p, mode):
     module = StochasticDepth(p, mode)
     names = {"__module__": dropout_ext.modules.__name__}
     kind = type("StochasticDepth", (_paths._WithMode, StochasticDepth), names)
-    kind._original, kind._itself = StochasticDepth, kind
+    kind._dropout_ext_original, kind._itself = StochasticDepth, kind
     module.__class__ = kind
     return module
 
@@ -279,12 +279,18 @@ def test_left():
         def __call__(self, x):
             return 2 * super().__call__(x)
 
-    own = Own(0.5)
+    class WithDrop(Own):
+        _drop = None
+
+    own, with_generator = Own(0.5), Own(0.5)
     own.forward = lambda x: x
+    with_generator.generator = nn.Linear(2, 2)
     for module, word in (
         (Unscaled(0.5), "not a module of torch.nn"),
         (WithCall(0.5), "not a module of torch.nn"),
+        (WithDrop(0.5), "not a module of torch.nn"),
         (own, "forward of its own"),
+        (with_generator, "its generator would be taken for ours"),
         (Own(torch.tensor(0.5)), "tensor(0.5"),
         (Own(1.5), "1.5"),
     ):
@@ -296,6 +302,22 @@ def test_left():
         (row,) = dropout_ext.dropout_summary(model)
         assert row.state == "left"
         assert word.replace("not a module of torch.nn", "code that is not known") in row.reason
+
+
+@pytest.mark.parametrize("given", [None, (1, 2), torch.ones(())])
+def test_what_drops_nothing_takes_anything(given):
+    converted = dropout_ext.convert(Own(0.5)).eval()
+    assert converted(given) is given
+    converted.train().drop_prob = 0.0
+    assert converted(given) is given
+    with pytest.raises(TypeError, match=r"takes 1 input, but got 2"):
+        converted(given, given)
+
+
+def test_a_subclass_that_somebody_made_is_copied_as_it_is():
+    converted = dropout_ext.convert(Own(0.5))
+    converted.__class__ = type("Mine", (type(converted),), {"forward": lambda self, x: x})
+    assert type(copy.deepcopy(converted)) is type(converted)
 
 
 def test_a_function_in_between_counts(monkeypatch):

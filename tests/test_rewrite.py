@@ -1,5 +1,6 @@
 """What convert(fuse=True) makes of a forward: the same, whatever the statements are."""
 
+import contextlib
 import copy
 import functools
 import pickle
@@ -148,11 +149,12 @@ class Branches(Layer):
         for layer in (self.fc1, self.fc2):
             if how == "none":
                 continue
+            x = x + self.drop(layer(x))
             try:
                 with torch.enable_grad():
-                    x = x + self.drop(layer(x))
+                    y = x + self.drop(x)
             finally:
-                x = self.norm(x)
+                x = self.norm(y)
         while how == "both":
             x = F.dropout(F.gelu(x), p=P, training=self.training)
             how = "once"
@@ -231,7 +233,7 @@ CASES = {
     "two statements": (TwoStatements, {"activation"}),
     "nested": (Nested, {"activation"}),
     "functional activation": (FunctionalActivation, {"activation"}),
-    "branches": (Branches, {"add", "activation"}),
+    "branches": (Branches, {"add", "activation", "apply"}),
     "path": (Path, {"add"}),
     "decorated": (Decorated, {"add"}),
     "super": (Super, {"add", "apply"}),
@@ -439,6 +441,206 @@ def test_what_has_another_meaning_stays(kind):
     model = kind()
     dropout_ext.convert(model, fuse=True)
     assert type(model) is kind
+
+
+# What can be seen from outside of the statements: `seen` is to be the same, and so is the rest.
+
+
+class Seen(Layer):
+    seen = None
+
+
+class GradientOfTheSum(Seen):
+    def forward(self, x):
+        y = x + self.drop(self.fc1(x))
+        z = self.norm(y)
+        y.retain_grad()
+        self.seen = y
+        return y + self.fc2(z)
+
+
+class HookOnTheSum(Seen):
+    def forward(self, x):
+        y = x + self.drop(self.fc1(x))
+        z = self.norm(y)
+        y.register_hook(lambda g: 0.1 * g)
+        return y + self.fc2(z)
+
+
+class GradientAtTheSum(Seen):
+    def forward(self, x):
+        y = x + self.drop(self.fc1(x))
+        z = self.norm(y)
+        (self.seen,) = torch.autograd.grad(z.sum(), y, retain_graph=True)
+        return z
+
+
+class Finally(Seen):
+    def forward(self, x):
+        try:
+            x = x + self.drop(self.fc1(x))
+            return self.norm(x)
+        finally:
+            self.seen = x.detach()
+
+
+class Closure(Seen):
+    def forward(self, x):
+        self.seen = lambda: y
+        y = x
+        h = self.fc1(x)
+        y = self.drop(h)
+        return x + y
+
+
+class GlobalSum(Seen):
+    def forward(self, x):
+        global LAST
+        LAST = x + self.drop(self.fc1(x))
+        return self.norm(LAST)
+
+    @property
+    def seen(self):
+        return LAST
+
+
+class Scheduled(Seen):
+    def schedule(self, x):
+        self.p = 0.8
+        return x
+
+    def forward(self, x):
+        self.p = 0.1
+        x = F.relu(self.schedule(self.fc1(x)))
+        x = F.dropout(x, self.p, self.training)
+        return x
+
+
+class Counted(Seen):
+    reads = 0
+
+    @property
+    def rate(self):
+        self.reads += 1
+        return 0.1 * self.reads
+
+    @property
+    def drop_now(self):
+        self.reads += 1
+        return self.drop
+
+    def forward(self, x):
+        x = x + F.dropout(self.fc1(x), self.rate, self.training)
+        x = x + self.drop_now(self.fc2(x))
+        self.seen = self.reads
+        return x
+
+
+class AsksForItsClass(Seen):
+    def forward(self, x):
+        x = x + self.drop(self.fc1(x))
+        self.seen = type(self).__name__, type(self).__module__
+        return x
+
+
+class OwnNames(Seen):
+    def __init__(self):
+        super().__init__()
+        self._original, self._places = nn.Linear(H, H), nn.ModuleList([nn.Linear(H, H)])
+        self.why_unfused = nn.Linear(H, H)
+
+    def forward(self, x):
+        x = x + self.drop(self._original(x))
+        for place in self._places:
+            x = x + self.drop(place(x))
+        return self.why_unfused(x)
+
+
+class NoInstance(Seen):
+    @staticmethod
+    def forward(x):
+        return x + F.dropout(F.relu(x), P, True)
+
+
+class WrongNorm(Seen):
+    def __init__(self):
+        super().__init__(norm=nn.LayerNorm(H + 1))
+
+    def forward(self, x):
+        y = x
+        with contextlib.suppress(RuntimeError):
+            y = x + self.drop(self.fc1(x))
+            y = self.norm(y)
+        return y
+
+
+class Empty(Seen):
+    def forward(self, x):
+        none = self.drop(self.act(x[:0]))
+        return self.drop(self.act(x)) + none.sum()
+
+
+@pytest.mark.parametrize("kind", Seen.__subclasses__())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_is_seen_from_outside_stays(kind, dtype):
+    x = random_tensor((3, 5, H), dtype)
+    unfused, fused = pair(kind().to(dtype))
+    results = []
+    for model in (unfused, fused):
+        gradients, state = step(model, x)
+        seen = model.seen() if callable(model.seen) else model.seen
+        seen = seen.grad if kind is GradientOfTheSum else seen
+        results.append((gradients, state, seen))
+    (actual, state, seen), (expected, expected_state, expected_seen) = reversed(results)
+    assert torch.equal(state, expected_state)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    if isinstance(seen, torch.Tensor):
+        torch.testing.assert_close(seen, expected_seen, rtol=tolerance, atol=tolerance)
+    else:
+        assert seen == expected_seen
+
+
+def test_a_subclass_that_somebody_made_is_copied_as_it_is():
+    _, fused = pair(OneStatement())
+    kind = type(fused)
+    fused.__class__ = type("Mine", (kind,), {"forward": lambda self, x: x})
+    assert type(copy.deepcopy(fused)) is type(fused)
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.GELU, nn.Module])
+def test_a_class_that_is_called_otherwise(kind, monkeypatch):
+    called = []
+    original = kind.__call__
+
+    def call(self, *args, **kwargs):
+        called.append(type(self).__name__)
+        return original(self, *args, **kwargs)
+
+    x = random_tensor((3, 5, H))
+    counts = []
+    for model in pair(CASES["pre-norm"][0]()):
+        monkeypatch.setattr(kind, "__call__", call)
+        called.clear()
+        step(model, x)
+        counts.append([name for name in called if name != type(model).__name__])
+        monkeypatch.undo()
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "gelu"])
+def test_another_function_in_the_place_of_what_a_module_calls(name, monkeypatch):
+    class Both(Layer):
+        def forward(self, x):
+            x = self.drop(self.act(self.fc1(x)))
+            return self.norm(x + self.drop(self.fc2(x)))
+
+    original = getattr(F, name)
+    monkeypatch.setattr(F, name, lambda *args, **kwargs: 2 * original(*args, **kwargs))
+    x = random_tensor((3, 5, H))
+    unfused, fused = pair(Both())
+    torch.testing.assert_close(step(fused, x)[0][0], step(unfused, x)[0][0], rtol=1e-3, atol=1e-3)
 
 
 def test_source_that_is_not_what_runs():
