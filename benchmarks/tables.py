@@ -211,7 +211,7 @@ def show(table, console):
 
 
 def markdown(table, source):
-    """README's table: time of whole calls, forward and with backward."""
+    """README's tables: the price of dropout in models, then whole calls."""
     rows = table[table.section.isin(("micro", "gpu", "hugepages"))]
     rows = rows[rows.threads.fillna(1) == 1]
     lines = [
@@ -244,7 +244,7 @@ def markdown(table, source):
         f"interleaved run; the floor is `torch.mul(x, c)` on the CPU and `y.copy_(x)` on a GPU."
         f"{pages} Source: `{where}`.",
     ]
-    return "\n".join([*lines, *markdown_models(table)])
+    return "\n".join([*markdown_models(table), *lines])
 
 
 def markdown_models(table):
@@ -252,7 +252,6 @@ def markdown_models(table):
     if rows.empty:
         return
     yield from (
-        "",
         f"What turning dropout on costs: a training step at p = {rows.p.iloc[0]:g} over that at "
         "p = 0, same run: time, medians (20th to 80th percentile), and peak memory; ours by "
         "`convert` and `override`, fused by `convert(fuse=True)`.",
@@ -271,6 +270,7 @@ def markdown_models(table):
             peak = one(of, role=role, metric="peak memory")
             cells.append("-" if off is None or peak is None else f"{peak.p50 / off.p50:.2f}")
         yield f"| {case} | " + " | ".join(cells) + " |"
+    yield from ("", "The operator by itself:", "")
 
 
 ROLES = ("torch", "ours", "fused")
