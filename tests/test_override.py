@@ -343,6 +343,8 @@ def flash(x, **kwargs):
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_attention_arguments(name):
     """PyTorch's result or PyTorch's error. p keeps everything; masks are other tests' matter."""
+    if name in ("groups of no heads", "no key heads") and torch.__version__.startswith("2.11."):
+        pytest.skip("torch 2.11 divides by the number of heads, which ends the process")
     call, ours = ARGUMENTS[name]
 
     def outcome():
