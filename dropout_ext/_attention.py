@@ -191,7 +191,7 @@ def _as_heads(
     where the operator does not take them.
     """
     heads = [t.size(-3) if t.dim() > 2 else 1 for t in (key, value)]
-    shared = bool(weights) and heads[0] == heads[1] != 0 and weights[-1] % heads[0] == 0
+    shared = len(weights) > 0 and heads[0] == heads[1] != 0 and weights[-1] % heads[0] == 0
     batch = (*weights[:-1], heads[0]) if shared else weights
     for t in (key, value):
         if _broadcast(tuple(t.shape[:-2]), batch) != batch:

@@ -44,7 +44,8 @@ def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
     class or a `forward` of its own, it is called as before; evaluation is the original's to the
     bit.
 
-    A model under `torch.compile` is compiled anew at its next call. DistributedDataParallel and
+    A model under `torch.compile` is compiled anew at its next call; with torch 2.11, which does not
+    notice, after `torch.compiler.reset()`. DistributedDataParallel and
     FSDP keep working, before and after wrapping; only a dropout module that is itself an argument
     of `fully_shard` has a class of FSDP's own by then: convert it before.
 

@@ -21,6 +21,8 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 COMPLEX_DTYPES = (torch.complex128, torch.complex64)
 ALL_DTYPES = FLOAT_DTYPES + COMPLEX_DTYPES
 
+TORCH_2_11 = torch.__version__.startswith("2.11.")
+
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
