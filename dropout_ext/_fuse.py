@@ -106,24 +106,20 @@ def _fuses(drop: Any, *tensors: Tensor | None) -> bool:
     )
 
 
+def _is_plain(tensor: Any) -> bool:
+    kind = type(tensor)
+    return kind in _PLAIN_TENSORS and tensor.layout is torch.strided and not tensor.is_nested
+
+
 def _one_type(first: Any, *others: Tensor | None) -> bool:
     """Whether they are plain tensors of one dtype on one device that has kernels for them."""
-    if type(first) not in _PLAIN_TENSORS or not first.is_floating_point() or first.is_nested:
-        return False
-    if first.layout is not torch.strided:
+    if not _is_plain(first) or not first.is_floating_point():
         return False
     device = first.device
     if device.type not in _KERNELS or torch.is_autocast_enabled(device.type):
         return False
     return all(
-        t is None
-        or (
-            type(t) in _PLAIN_TENSORS
-            and t.layout is torch.strided
-            and not t.is_nested
-            and t.dtype == first.dtype
-            and t.device == device
-        )
+        t is None or (_is_plain(t) and t.dtype == first.dtype and t.device == device)
         for t in others
     )
 

@@ -130,7 +130,7 @@ def _with_forward(original: Any, forward: Any) -> type[Converted] | None:
     code = getattr(forward, "__code__", None)
     if code is None or code.co_freevars or any(hasattr(original, name) for name in _OWN):
         return None
-    if not {"drop_prob", "mode"} & set(getattr(code, "co_names", ())):
+    if not {"drop_prob", "mode"} & set(code.co_names):
         return None
     callee, code, kind = _KNOWN.get(_source.fingerprint(forward), (None, None, None))
     outside = getattr(forward, "__globals__", {})

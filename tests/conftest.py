@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import make_key
 
 
@@ -29,3 +30,11 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def process_group():
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

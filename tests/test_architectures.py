@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import assert_same_bits
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -244,13 +243,6 @@ def test_compiled(name):
     model.compile(backend="aot_eager")
     for a, b in zip(gradients(model, inputs), expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
-
-
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def layers(model):

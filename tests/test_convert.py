@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import TORCH_2_11, assert_same_bits, random_tensor
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -351,13 +350,6 @@ def test_compiled_before_and_after(in_place):
         if TORCH_2_11:  # which has no guard on the class
             torch.compiler.reset()
         assert_same_bits(call(after), result)
-
-
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard], ids=["ddp", "fsdp"])

@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import assert_same_bits, make_key, random_tensor
 from test_convert import Operators
 from torch import nn
@@ -445,13 +444,6 @@ def test_summary():
     assert all(
         row.reason == "" for row in dropout_ext.dropout_summary(model) if row.state == "fused"
     )
-
-
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard], ids=["ddp", "fsdp"])

@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import assert_same_bits, make_key, random_tensor
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -257,13 +256,6 @@ def test_traced_as_a_leaf():
     x = random_tensor((16, 3))
     assert_same_bits(seeded_call(traced, x), seeded_call(model, x))
     assert traced.eval()(x) is x
-
-
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_sharded_is_another_class(process_group):

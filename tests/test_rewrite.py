@@ -8,7 +8,6 @@ import traceback
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import assert_same_bits, random_tensor
 from test_fuse import ATTACHED, ours
@@ -836,13 +835,6 @@ def test_an_attribute_that_is_missing():
     model = dropout_ext.convert(Optional(), fuse=True)
     assert ours(lambda: model(torch.ones(2, H))) == {"add"}
     assert dropout_ext.dropout_summary(model)[0].state == "fused"
-
-
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_sharded_is_another_class(process_group):

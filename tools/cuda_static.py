@@ -3,12 +3,11 @@
 Compiles csrc/cuda/*.cu for every architecture, or takes a built extension, and demands of every
 kernel: no stack and no local memory, so no spills; and of the flat kernels: 16-byte accesses alone
 on the way of a whole tile. That way is the loop from a tile to the next, with the cheapest of the
-activations. Norms have some of 16
-bytes, for the rows that allow them, and their registers are compared. Per eight elements its
-instructions, those of them for the ALU and its wide multiplies are compared with
-csrc/cuda/static_counts.csv, and more of what limits fails: the ALU, which takes a warp's
-instruction every other cycle; the wide multiplies; all instructions, where they are over twice as
-many as the ALU's; registers, where fewer warps fit.
+activations. Norms have some of 16 bytes, for the rows that allow them, and their registers are
+compared. Per eight elements its instructions, those of them for the ALU and its wide multiplies are
+compared with csrc/cuda/static_counts.csv, and more of what limits fails: the ALU, which takes a
+warp's instruction every other cycle; the wide multiplies; all instructions, where they are over
+twice as many as the ALU's; registers, where fewer warps fit.
 
     python tools/cuda_static.py --check [--arch 90 ...] [--extension dropout_ext/_C.so]
     python tools/cuda_static.py --update
