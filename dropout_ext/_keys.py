@@ -197,7 +197,11 @@ class keys:
 
 
 class _Local(threading.local):
-    keys: Any = None  # _Keys, in a context
+    keys: Any  # _Keys in a context, else None
+
+    def __init__(self) -> None:
+        # Not a default in the class: Dynamo of torch 2.11 would read that in a context too.
+        self.keys = None
 
 
 _local = _Local()
