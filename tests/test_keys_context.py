@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_same_bits, make_key
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._higher_order_ops import map as hop_map
+from torch._higher_order_ops import scan, while_loop
 from torch.utils.checkpoint import checkpoint
 
 import dropout_ext
@@ -456,6 +459,36 @@ def test_vmap_shares_the_mask(key):
     with keys(key):
         y = torch.vmap(dropout)(x)
     assert_same_bits(y, dropout(x[0], key=fold_in(key, 0)).expand(5, N))
+
+
+REGIONS = {
+    "cond": lambda drop, x: torch.cond(x.sum() > 0, drop, drop, (x,)),
+    "map": hop_map,
+    "scan": lambda drop, x: scan(lambda a, b: (drop(a + b), b * 1), x[0], x)[0],
+    "while_loop": lambda drop, x: while_loop(
+        lambda n, t: n < 3, lambda n, t: (n + 1, drop(t)), (torch.tensor(0), x)
+    )[1],
+    "grad": lambda drop, x: torch.func.grad(lambda t: drop(t).sum())(x),
+    "vjp": lambda drop, x: torch.func.vjp(drop, x)[1](x)[0],
+    "jvp": lambda drop, x: torch.func.jvp(drop, (x,), (x,))[1],
+}
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_compiled_regions_are_a_limit(name, key):
+    """The documented limit: calls in them cannot be counted. `key` from outside is right."""
+
+    def compiled(drop):
+        torch.compiler.reset()
+        return torch.compile(lambda x: REGIONS[name](drop, x), backend="aot_eager")(x)
+
+    x = torch.ones(4, N)
+    with keys(key):
+        with pytest.raises(TorchDynamoException):
+            compiled(dropout)
+        y = compiled(lambda t: dropout(t, key=key))
+    each = x[0] if name in ("map", "scan") else x
+    assert torch.equal(y != 0, (dropout(each, key=key) != 0).expand_as(y))
 
 
 BAD = {
