@@ -50,6 +50,7 @@ def _add_norm(
     rowscale: Tensor | None, key: Tensor | None, p: float, scale: float,
     mask_strides: Sequence[int], mask_offset: int, norm_dims: int, weight: Tensor | None,
     bias: Tensor | None, eps: float, rms: bool, sum_dtype: torch.dtype, dtype: torch.dtype,
+    return_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     others = (residual, input_bias, colscale, rowscale, key, weight, bias)
     _check_rows(input, others, p, mask_strides, norm_dims, rms, sum_dtype, dtype)
@@ -60,13 +61,14 @@ def _add_norm(
     rows, row = input.shape[: input.dim() - norm_dims], input.shape[input.dim() - norm_dims :]
     x = total.to(torch.float64 if sum_dtype == torch.float64 else torch.float32)
     weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    kept = total.contiguous() if return_sum else total.new_empty(0)
     if not rms:
         out, mean, rstd = torch.native_layer_norm(x, row, weight, bias, eps)
-        return out.to(dtype), total.contiguous(), mean.reshape(rows), rstd.reshape(rows)
+        return out.to(dtype), kept, mean.reshape(rows), rstd.reshape(rows)
     rstd = (x.square().mean(tuple(range(-norm_dims, 0)), keepdim=True) + eps).rsqrt()
     out = x * rstd if weight is None else x * rstd * weight
     out = out if bias is None else out + bias
-    return out.to(dtype), total.contiguous(), rstd.new_empty(0), rstd.reshape(rows)
+    return out.to(dtype), kept, rstd.new_empty(0), rstd.reshape(rows)
 
 
 def _per_row(rows: Tensor, like: Tensor) -> Tensor:
@@ -171,6 +173,7 @@ def _add_norm_shape(
     rowscale: Tensor | None, key: Tensor | None, p: float, scale: float,
     mask_strides: Sequence[int], mask_offset: int, norm_dims: int, weight: Tensor | None,
     bias: Tensor | None, eps: float, rms: bool, sum_dtype: torch.dtype, dtype: torch.dtype,
+    return_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     others = (residual, input_bias, colscale, rowscale, key, weight, bias)
     _check_rows(input, others, p, mask_strides, norm_dims, rms, sum_dtype, dtype)
@@ -179,7 +182,7 @@ def _add_norm_shape(
     new = functools.partial(torch.empty, device=input.device)
     return (
         new(input.shape, dtype=dtype),
-        new(input.shape, dtype=sum_dtype),
+        new(input.shape if return_sum else (0,), dtype=sum_dtype),
         new((0,) if rms else rows, dtype=compute),
         new(rows, dtype=compute),
     )
@@ -261,6 +264,13 @@ def _rows_batched(
     return results, 0 if isinstance(results, Tensor) else (0,) * len(results)
 
 
+def _add_norm_batched(
+    info: VmapInfo, in_dims: InDims, *args: Any
+) -> tuple[Tensor | tuple[Tensor, ...], int | tuple[int, ...]]:
+    # An empty sum has no dimension of examples.
+    return _rows_batched("add_norm", info, in_dims, *args[:-1], True)
+
+
 def _activation_batched(
     info: VmapInfo, in_dims: InDims, input: Tensor, function: int, key: Tensor, *rest: Any
 ) -> tuple[Tensor | tuple[Tensor, ...], int | tuple[int, ...]]:
@@ -273,7 +283,7 @@ def _activation_batched(
 
 
 register("add", _add, _add_shape, functools.partial(_rows_batched, "add"))
-register("add_norm", _add_norm, _add_norm_shape, functools.partial(_rows_batched, "add_norm"))
+register("add_norm", _add_norm, _add_norm_shape, _add_norm_batched)
 register(
     "add_norm_backward",
     _add_norm_backward,

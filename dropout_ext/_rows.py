@@ -68,7 +68,9 @@ def run(
     if norm is None:
         return ops.add(*arguments, sum_dtype)
     eps = torch.finfo(_compute_dtype(input.dtype)).eps if norm.eps is None else norm.eps
-    out, total, _, _ = ops.add_norm(*arguments, dims, weight, bias, eps, norm.rms, sum_dtype, dtype)
+    out, total, _, _ = ops.add_norm(
+        *arguments, dims, weight, bias, eps, norm.rms, sum_dtype, dtype, norm.return_sum
+    )
     return (out, total) if norm.return_sum else out
 
 

@@ -141,6 +141,45 @@ def test_mask_strides(strides, offset):
         assert_same_bits(s, expected)
 
 
+@pytest.mark.parametrize("offset", [0, 3, 8])
+def test_rows_of_many_megabytes(offset):
+    """Written past the caches where their vectors are aligned: as the same rows in small parts."""
+    x, r = (rows((4100, 1024), torch.float32, i) for i in (1, 2))
+    scale, weight = (rows((1024,), torch.float32, i) for i in (3, 4))
+
+    def results(x, r, offset):
+        x, r = x.clone().requires_grad_(), r.clone().requires_grad_()
+        given = {"p": P, "key": KEY, "mask_offset": offset}
+        z, s = dropout_ext.dropout_add_layer_norm(x, r, 1024, weight, return_sum=True, **given)
+        grads = torch.autograd.grad(z, (x, r), z)
+        with torch.no_grad():
+            alone = dropout_ext.dropout_add_layer_norm(x, r, 1024, weight, **given)
+            scaled = dropout_ext.dropout_add(x, r, colscale=scale, **given)
+        return z, s, *grads, alone, scaled
+
+    parts = [
+        results(x[i : i + 410], r[i : i + 410], offset + i * 1024) for i in range(0, 4100, 410)
+    ]
+    for whole, *expected in zip(results(x, r, offset), *parts, strict=True):
+        assert_same_bits(whole, torch.cat(expected))
+
+
+@pytest.mark.parametrize(("dtype", "sum_dtype"), PAIRS)
+@pytest.mark.parametrize("hidden", [1, 33, 128, 4099])
+def test_norm_without_its_sum(dtype, sum_dtype, hidden):
+    """Where nobody wants it, it is not stored: the same norm."""
+    shape = (5, hidden)
+    x, r = rows(shape, dtype, 1, True), rows(shape, sum_dtype, 2, True)
+    arguments = (x, r, None, None, None, KEY.view(torch.int64), P, SCALE, [hidden, 1], 0, 1)
+    arguments += (None, None, 1e-5, False, sum_dtype, dtype)
+    op = torch.ops.dropout_ext.add_norm
+    (z, s, *moments), (alone, none, *same) = (op(*arguments, stored) for stored in (True, False))
+    assert s.shape == shape
+    assert none.shape == (0,) and none.dtype == sum_dtype
+    for a, b in zip((z, *moments), (alone, *same), strict=True):
+        assert_same_bits(a, b)
+
+
 def test_a_key_per_slice():
     x, r = rows((5, 4, 24), torch.float32, 1), rows((5, 4, 24), torch.float32, 2)
     keys = torch.stack([make_key(i, 3) for i in range(5)])
@@ -500,7 +539,8 @@ def test_opcheck(name, keyed):
         weight = rows((24,), dtype, 3).requires_grad_()
         bias = None if norm[3] else rows((24,), dtype, 4).requires_grad_()
         arguments += [1, weight, bias, *norm[2:], dtype]
-    torch.library.opcheck(op, (*arguments, dtype))
+    for return_sum in ((True,), (False,)) if norm else ((),):
+        torch.library.opcheck(op, (*arguments, dtype, *return_sum))
 
 
 def test_opcheck_activation():
@@ -826,7 +866,7 @@ def test_wrong_calls_of_the_operators():
     with pytest.raises(ValueError, match="'norm_dims' is 0"):
         ops.add_norm(
             x, None, None, None, None, None, 0.5, 2.0, [], 0, 0, None, None, 1e-5, False,
-            torch.float32, torch.float32,
+            torch.float32, torch.float32, True,
         )  # fmt: skip
 
 

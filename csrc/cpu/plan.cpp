@@ -22,12 +22,6 @@ constexpr int64_t kTileInner = 512;
 constexpr int64_t kTileSecond = 256;
 constexpr int64_t kTiles = 8;
 
-// An output of this size has left the caches, with its input, before anybody reads it: stores past
-// them save the read of every line that is written, a third of the traffic. 32 MiB for both is the
-// last-level cache that a core of today's servers shares; what the system reports may be a
-// machine's.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
-
 constexpr Dtype compute_dtype(Dtype dtype) {
   if (dtype == Dtype::kComplex128) return Dtype::kFloat64;
   if (dtype == Dtype::kComplex64) return Dtype::kFloat32;

@@ -8,11 +8,25 @@
 
 namespace dropout_ext::cpu {
 
+inline constexpr int kReduceRows = 4;
+
+// Where `streaming` stands, the rows that are written are aligned to kStreamAlignment, the mask's
+// too, and have a multiple of kStreamColumns elements.
+inline constexpr int kStreamColumns = 16;
+
 struct RowKernels {
   // Keep decisions: stored, or computed where `bits` is null.
   struct Mask {
     const uint64_t* bits;
     MaskRun run;
+    // Whether the row begins where a vector of decisions does.
+    bool is_aligned() const { return bits != nullptr || run.index % kBlock == 0; }
+  };
+  // Where a sum goes, each null where it does not.
+  struct Sum {
+    void* sum;
+    bool streaming;  // past the caches
+    void* values;    // as it is rounded, in the compute type
   };
   struct Moments {
     double mean;
@@ -24,27 +38,31 @@ struct RowKernels {
   // Of input, output and their gradients (T), and of sum and residual (S); see row_pair.
   struct Of {
     // sum = fma(keep ? t : +0, scale, residual)
-    void (*add)(const void* input, const void* residual, void* sum, int64_t n, const Mask& mask,
-                double scale);
+    void (*add)(const void* input, const void* residual, const Sum& out, int64_t n,
+                const Mask& mask, double scale);
     // The same with t = (input + bias) * colscale * rowscale.
-    void (*scaled_add)(const void* input, const void* residual, void* sum, int64_t n,
+    void (*scaled_add)(const void* input, const void* residual, const Sum& out, int64_t n,
                        const Mask& mask, double scale, const void* bias, const void* colscale,
                        double rowscale);
-    // out = (sum - mean) * rstd * weight + bias, past the caches if `streaming`: then out is
-    // aligned to kStreamAlignment.
-    void (*normalize)(const void* sum, void* out, int64_t n, double mean, double rstd,
-                      const void* weight, const void* bias, bool streaming);
-    // Sums of g and of g * x; adds grad_out * x to grad_weight and grad_out to grad_bias.
-    Sums (*reduce)(const void* grad_out, const void* sum, int64_t n, double mean, double rstd,
-                   const void* weight, void* grad_weight, void* grad_bias);
+    // Sums of g and of g * x; adds grad_out * x to grad_weight and grad_out to grad_bias. Of one
+    // row, or of kReduceRows side by side.
+    using Reduce = void(const void* grad_out, const void* sum, int64_t n, const double* mean,
+                        const double* rstd, const void* weight, void* grad_weight, void* grad_bias,
+                        Sums* sums);
+    Reduce *reduce, *reduce_rows;
     // grad_sum = rstd * (g - mean_g - x * mean_gx) + grad_sum_in
     // grad_input = keep ? that * scale : +0
     void (*backward)(const void* grad_out, const void* sum, const void* grad_sum_in, int64_t n,
                      double mean, double rstd, const void* weight, double mean_g, double mean_gx,
-                     void* grad_sum, void* grad_input, const Mask& mask, double scale);
+                     void* grad_sum, void* grad_input, const Mask& mask, double scale,
+                     bool streaming);
   };
   Of of[kRowPairs];
-  Moments (*moments[4])(const void* sum, int64_t n, bool centered);  // by Dtype
+  // By the dtype of the sum.
+  Moments (*moments[4])(const void* values, int64_t n, bool centered);
+  // out = (values - mean) * rstd * weight + bias, by the dtype of out.
+  void (*normalize[4])(const void* values, void* out, int64_t n, double mean, double rstd,
+                       const void* weight, const void* bias, bool streaming);
 };
 
 }  // namespace dropout_ext::cpu

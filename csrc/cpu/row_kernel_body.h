@@ -41,6 +41,10 @@ struct Whole {
   DROPOUT_EXT_INLINE void store_to(Elem* row, const V& x) const {
     store_any(row + at, x);
   }
+  template <class Elem, class V>
+  DROPOUT_EXT_INLINE void stream_to(Elem* row, const V& x) const {
+    stream_any(row + at, x);
+  }
   template <class Elem>
   DROPOUT_EXT_INLINE void prefetch_from(const Elem* row) const {
     prefetch(reinterpret_cast<uintptr_t>(row + at) + kRowPrefetchBytes);
@@ -57,9 +61,20 @@ struct Part {
   void store_to(Elem* row, const V& x) const {
     store_part(row, at, begin, end, x);
   }
+  template <class Elem, class V>
+  void stream_to(Elem* row, const V& x) const {
+    store_to(row, x);
+  }
   template <class Elem>
   void prefetch_from(const Elem*) const {}
 };
+
+// An index of which the compiler does not know that it counts: GCC keeps every address made of a
+// counter in a register of its own, for prefetches even those that differ by a constant.
+DROPOUT_EXT_INLINE int64_t opaque(int64_t at) {
+  asm("" : "+r"(at));
+  return at;
+}
 
 // f(where, keep) for all vectors of a row; `skip` elements of the first group come before it.
 template <class Source, class F>
@@ -85,7 +100,8 @@ DROPOUT_EXT_INLINE void for_each_kept(Source source, int skip, int64_t n, const 
   const F whole = f;  // whose address nobody has
   for (constexpr int kStep = kGroupsAtATime * kGroup; at + kStep <= n; at += kStep) {
     source.template next<kGroupsAtATime>(keep);
-    for (int v = 0; v < kGroupsAtATime * kVectors; ++v) whole(Whole{at + v * kVector}, keep[v]);
+    const int64_t here = opaque(at);
+    for (int v = 0; v < kGroupsAtATime * kVectors; ++v) whole(Whole{here + v * kVector}, keep[v]);
   }
   while (at < n) part_of_group(0, n - at);  // NOLINT(bugprone-infinite-loop): it advances
 }
@@ -106,43 +122,49 @@ DROPOUT_EXT_INLINE void for_each(int64_t n, const F& f) {
   if (at < n) f(Part{at, 0, static_cast<int>(n - at)});
 }
 
-// Of 16 lanes, in a fixed order.
-template <class V>
-double sum_of(const V& x) {
-  std::conditional_t<std::is_same_v<V, F64>, double, float> lanes[kVector];
-  store(lanes, x);
-  for (int width = kVector / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
-
-// Sums of `sums` things over a row: f(where, which accumulators, sums so far) adds to them. Four
-// accumulators each, because an addition waits for the one before.
-template <class V, int sums, class F>
+// Sums of `sums` things over a row: f(where, sums so far) adds to them. `sides` accumulators each,
+// because an addition waits for the one before.
+template <class V, int sides, int sums, class F>
 DROPOUT_EXT_INLINE void accumulate(int64_t n, double (&total)[sums], const F& f) {
-  constexpr int kSide = 4;
   for (double& t : total) t = 0;
   for (int64_t first = 0; first < n; first += kSegment) {
     const int64_t last = std::min(first + kSegment, n);
-    V partial[kSide][sums];
+    V partial[sides][sums];
     for (auto& side : partial) {
       for (V& p : side) p = splat(0.0, V{});
     }
     int64_t at = first;
-    for (; at + kSide * kVector <= last; at += kSide * kVector) {
-      for (int i = 0; i < kSide; ++i) f(Whole{at + i * kVector}, partial[i]);
+    for (; at + sides * kVector <= last; at += sides * kVector) {
+      for (int i = 0; i < sides; ++i) f(Whole{at + i * kVector}, partial[i]);
     }
     for (; at + kVector <= last; at += kVector) f(Whole{at}, partial[0]);
     if (at < last) f(Part{at, 0, static_cast<int>(last - at)}, partial[1]);
     for (int s = 0; s < sums; ++s) {
-      total[s] += sum_of((partial[0][s] + partial[1][s]) + (partial[2][s] + partial[3][s]));
+      V all = partial[0][s] + partial[1][s];
+      if constexpr (sides == 4) all = all + (partial[2][s] + partial[3][s]);
+      total[s] += sum_lanes(all);
     }
   }
 }
 
+// Past the caches if `streaming`.
+template <class Where, class Elem, class V>
+DROPOUT_EXT_INLINE void put(const Where& where, Elem* row, const V& x, bool streaming) {
+  if (streaming) {
+    where.stream_to(row, x);
+  } else {
+    where.store_to(row, x);
+  }
+}
+
+template <class S, class V, class Where>
+DROPOUT_EXT_INLINE void put_sum(const Where& where, const RowKernels::Sum& out, const V& s) {
+  if (out.values != nullptr) where.store_to(static_cast<Compute<S>*>(out.values), rounded<S>(s));
+  if (out.sum != nullptr) put(where, static_cast<S*>(out.sum), s, out.streaming);
+}
+
 template <class T, class S>
-void add(const void* input, const void* residual, void* sum, int64_t n,
+void add(const void* input, const void* residual, const RowKernels::Sum& out, int64_t n,
          const RowKernels::Mask& mask, double scale) {
   using V = Vector<S>;
   const V factor = splat(scale, V{}), zero = splat(0.0, V{});
@@ -151,12 +173,12 @@ void add(const void* input, const void* residual, void* sum, int64_t n,
     where.prefetch_from(static_cast<const S*>(residual));
     const V t = where.load_from(static_cast<const T*>(input));
     const V r = where.load_from(static_cast<const S*>(residual));
-    where.store_to(static_cast<S*>(sum), fma(select(keep, t, zero), factor, r));
+    put_sum<S>(where, out, fma(select(keep, t, zero), factor, r));
   });
 }
 
 template <class T, class S>
-void scaled_add(const void* input, const void* residual, void* sum, int64_t n,
+void scaled_add(const void* input, const void* residual, const RowKernels::Sum& out, int64_t n,
                 const RowKernels::Mask& mask, double scale, const void* bias, const void* colscale,
                 double rowscale) {
   using V = Vector<S>;
@@ -167,23 +189,23 @@ void scaled_add(const void* input, const void* residual, void* sum, int64_t n,
     const V biased = x + where.load_from(static_cast<const C*>(bias));
     const V t = biased * where.load_from(static_cast<const C*>(colscale)) * row;
     const V r = where.load_from(static_cast<const S*>(residual));
-    where.store_to(static_cast<S*>(sum), fma(select(keep, t, zero), factor, r));
+    put_sum<S>(where, out, fma(select(keep, t, zero), factor, r));
   });
 }
 
-template <class S>
-RowKernels::Moments moments(const void* sum, int64_t n, bool centered) {
-  using V = Vector<S>;
+template <class C>
+RowKernels::Moments moments(const void* values, int64_t n, bool centered) {
+  using V = Vector<C>;
   double mean[1] = {0}, square[1];
   if (centered) {
-    accumulate<V>(n, mean, [=](const auto& where, V(&partial)[1]) DROPOUT_EXT_INLINE_LAMBDA {
-      partial[0] = partial[0] + where.load_from(static_cast<const S*>(sum));
+    accumulate<V, 4>(n, mean, [=](const auto& where, V(&partial)[1]) DROPOUT_EXT_INLINE_LAMBDA {
+      partial[0] = partial[0] + where.load_from(static_cast<const C*>(values));
     });
-    mean[0] = static_cast<Compute<S>>(mean[0] / static_cast<double>(n));
+    mean[0] = static_cast<C>(mean[0] / static_cast<double>(n));
   }
   const V middle = splat(mean[0], V{});
-  accumulate<V>(n, square, [=](const auto& where, V(&partial)[1]) DROPOUT_EXT_INLINE_LAMBDA {
-    V x = where.load_from(static_cast<const S*>(sum)) - middle;
+  accumulate<V, 4>(n, square, [=](const auto& where, V(&partial)[1]) DROPOUT_EXT_INLINE_LAMBDA {
+    V x = where.load_from(static_cast<const C*>(values)) - middle;
     if constexpr (std::is_same_v<std::decay_t<decltype(where)>, Part>) {
       x = select(keep_from_bits(static_cast<uint16_t>((1 << where.end) - 1)), x, splat(0.0, V{}));
     }
@@ -192,55 +214,62 @@ RowKernels::Moments moments(const void* sum, int64_t n, bool centered) {
   return {mean[0], square[0] / static_cast<double>(n)};
 }
 
-template <class T, class S>
-void normalize(const void* sum, void* out, int64_t n, double mean, double rstd, const void* weight,
-               const void* bias, bool streaming) {
-  using V = Vector<S>;
-  using C = Compute<S>;
+template <class T>
+void normalize(const void* values, void* out, int64_t n, double mean, double rstd,
+               const void* weight, const void* bias, bool streaming) {
+  using V = Vector<T>;
+  using C = Compute<T>;
   const V middle = splat(mean, V{}), factor = splat(rstd, V{});
-  const auto result = [=](const auto& where) DROPOUT_EXT_INLINE_LAMBDA {
-    const V x = (where.load_from(static_cast<const S*>(sum)) - middle) * factor;
-    return fma(x, where.load_from(static_cast<const C*>(weight)),
-               where.load_from(static_cast<const C*>(bias)));
-  };
-  if (streaming) {
-    for (int64_t at = 0; at < n; at += kVector) {
-      stream_any(static_cast<T*>(out) + at, result(Whole{at}));
-    }
-  } else {
-    for_each(n, [=](const auto& where) DROPOUT_EXT_INLINE_LAMBDA {
-      where.store_to(static_cast<T*>(out), result(where));
-    });
-  }
+  for_each(n, [=](const auto& where) DROPOUT_EXT_INLINE_LAMBDA {
+    const V x = (where.load_from(static_cast<const C*>(values)) - middle) * factor;
+    const V z = fma(x, where.load_from(static_cast<const C*>(weight)),
+                    where.load_from(static_cast<const C*>(bias)));
+    put(where, static_cast<T*>(out), z, streaming);
+  });
 }
 
-template <class T, class S>
-RowKernels::Sums reduce(const void* grad_out, const void* sum, int64_t n, double mean, double rstd,
-                        const void* weight, void* grad_weight, void* grad_bias) {
+// `rows` at a time, so that the column sums are read and written once for all of them. A row's own
+// sums have two accumulators each, whatever `rows` is, and columns add row after row: no bit
+// depends on it.
+template <class T, class S, int rows>
+void reduce(const void* grad_out, const void* sum, int64_t n, const double* mean,
+            const double* rstd, const void* weight, void* grad_weight, void* grad_bias,
+            RowKernels::Sums* sums) {
   using V = Vector<S>;
   using C = Compute<S>;
-  const V middle = splat(mean, V{}), factor = splat(rstd, V{});
-  double total[2];
-  accumulate<V>(n, total, [=](const auto& where, V(&partial)[2]) DROPOUT_EXT_INLINE_LAMBDA {
-    where.prefetch_from(static_cast<const T*>(grad_out));
-    where.prefetch_from(static_cast<const S*>(sum));
-    const V grad = where.load_from(static_cast<const T*>(grad_out));
-    const V x = (where.load_from(static_cast<const S*>(sum)) - middle) * factor;
-    const V g = grad * where.load_from(static_cast<const C*>(weight));
-    partial[0] = partial[0] + g;
-    partial[1] = fma(g, x, partial[1]);
-    C* const to_weight = static_cast<C*>(grad_weight);
-    C* const to_bias = static_cast<C*>(grad_bias);
-    where.store_to(to_weight, fma(grad, x, where.load_from(to_weight)));
-    where.store_to(to_bias, where.load_from(to_bias) + grad);
-  });
-  return {total[0], total[1]};
+  V middle[rows], factor[rows];
+  for (int r = 0; r < rows; ++r) middle[r] = splat(mean[r], V{}), factor[r] = splat(rstd[r], V{});
+  double total[2 * rows];
+  accumulate<V, 2>(n, total,
+                   [&](const auto& where, V(&partial)[2 * rows]) DROPOUT_EXT_INLINE_LAMBDA {
+                     C* const to_weight = static_cast<C*>(grad_weight);
+                     C* const to_bias = static_cast<C*>(grad_bias);
+                     const V w = where.load_from(static_cast<const C*>(weight));
+                     V of_weight = where.load_from(to_weight), of_bias = where.load_from(to_bias);
+                     for (int r = 0; r < rows; ++r) {
+                       const T* const grads = static_cast<const T*>(grad_out) + r * n;
+                       const S* const row = static_cast<const S*>(sum) + r * n;
+                       where.prefetch_from(grads);
+                       where.prefetch_from(row);
+                       const V grad = where.load_from(grads);
+                       const V x = (where.load_from(row) - middle[r]) * factor[r];
+                       const V g = grad * w;
+                       partial[2 * r] = partial[2 * r] + g;
+                       partial[2 * r + 1] = fma(g, x, partial[2 * r + 1]);
+                       of_weight = fma(grad, x, of_weight);
+                       of_bias = of_bias + grad;
+                     }
+                     where.store_to(to_weight, of_weight);
+                     where.store_to(to_bias, of_bias);
+                   });
+  for (int r = 0; r < rows; ++r) sums[r] = {total[2 * r], total[2 * r + 1]};
 }
 
 template <class T, class S>
 void backward(const void* grad_out, const void* sum, const void* grad_sum_in, int64_t n,
               double mean, double rstd, const void* weight, double mean_g, double mean_gx,
-              void* grad_sum, void* grad_input, const RowKernels::Mask& mask, double scale) {
+              void* grad_sum, void* grad_input, const RowKernels::Mask& mask, double scale,
+              bool streaming) {
   using V = Vector<S>;
   using C = Compute<S>;
   const V middle = splat(mean, V{}), factor = splat(rstd, V{}), kept = splat(scale, V{});
@@ -253,18 +282,19 @@ void backward(const void* grad_out, const void* sum, const void* grad_sum_in, in
     if (grad_sum_in != nullptr) {
       to_sum = to_sum + where.load_from(static_cast<const S*>(grad_sum_in));
     }
-    if (grad_sum != nullptr) where.store_to(static_cast<S*>(grad_sum), to_sum);
+    if (grad_sum != nullptr) put(where, static_cast<S*>(grad_sum), to_sum, streaming);
     if (grad_input != nullptr) {
-      where.store_to(static_cast<T*>(grad_input), mul_or_zero(keep, to_sum, kept));
+      put(where, static_cast<T*>(grad_input), mul_or_zero(keep, to_sum, kept), streaming);
     }
   });
 }
 
 template <class T, class S>
 constexpr void set(RowKernels& kernels, Dtype dtype, Dtype sum) {
-  kernels.of[row_pair(dtype, sum)] = {add<T, S>, scaled_add<T, S>, normalize<T, S>, reduce<T, S>,
-                                      backward<T, S>};
-  kernels.moments[static_cast<int>(sum)] = moments<S>;
+  kernels.of[row_pair(dtype, sum)] = {add<T, S>, scaled_add<T, S>, reduce<T, S, 1>,
+                                      reduce<T, S, kReduceRows>, backward<T, S>};
+  kernels.normalize[static_cast<int>(dtype)] = normalize<T>;
+  kernels.moments[static_cast<int>(sum)] = moments<Compute<S>>;
 }
 
 constexpr RowKernels make_row_kernels() {

@@ -9,19 +9,30 @@ namespace dropout_ext::cpu {
 
 namespace {
 
-// As in plan.cpp: outputs from this size on are written past the caches.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
-constexpr int64_t kStreamColumns = 16;  // whole vectors
 // Column sums belong to chunks of rows: few enough that adding them up costs nothing, enough of
 // them for the threads of a large machine, and all of them an eighth of the rows at most.
 constexpr int64_t kChunks = 64;
 constexpr int64_t kChunkElements = 16384;
 constexpr int64_t kChunkRows = 16;
+// Rows up to this size go through kReduceRows at a time: together they are in the cache that they
+// are read from again.
+constexpr int64_t kSideBytes = int64_t{32} << 10;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr Dtype compute_dtype(Dtype sum) {
   return sum == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+}
+
+size_t lines(int64_t elements, Dtype dtype) {
+  return static_cast<size_t>(ceil_div(elements * element_size(dtype), sizeof(Line)));
+}
+
+// Whether a whole of that many rows is written past the caches.
+bool streams(const void* base, int64_t rows, int64_t columns, Dtype dtype) {
+  const int64_t row_bytes = columns * element_size(dtype);
+  return rows * row_bytes >= kStreamBytes && row_bytes % kStreamAlignment == 0 &&
+         columns % kStreamColumns == 0 && reinterpret_cast<uintptr_t>(base) % kStreamAlignment == 0;
 }
 
 const void* at(const void* base, int64_t elements, Dtype dtype) {
@@ -156,43 +167,47 @@ Rows::Rows(const RowArgs& args)
     if (args_.input_bias == nullptr) args_.input_bias = defaults_.minus_zeros(compute);
     if (args_.colscale == nullptr) args_.colscale = defaults_.ones(compute);
   }
+  sum_streams_ = args.sum != nullptr && streams(args.sum, args.rows, args.columns, args.sum_dtype);
   if (args_.norm == Norm::kNone) return;
+  out_streams_ = streams(args.out, args.rows, args.columns, args.out_dtype);
   if (args_.weight == nullptr) args_.weight = defaults_.ones(compute);
   if (args_.bias == nullptr) args_.bias = defaults_.minus_zeros(compute);
-  const int64_t row_bytes = args.columns * element_size(args.out_dtype);
-  streaming_ = args.rows * row_bytes >= kStreamBytes && row_bytes % kStreamAlignment == 0 &&
-               args.columns % kStreamColumns == 0 &&
-               reinterpret_cast<uintptr_t>(args.out) % kStreamAlignment == 0;
 }
 
 void Rows::run(int64_t begin, int64_t end) const {
   RowMasks masks(args_.mask, all_kept_);
-  const RowKernels::Of& normalizer = kernels().rows->of[row_pair(args_.out_dtype, args_.sum_dtype)];
   const Dtype compute = compute_dtype(args_.sum_dtype);
+  const auto& normalize = kernels().rows->normalize[static_cast<int>(args_.out_dtype)];
   const int64_t n = args_.columns;
+  // The norm reads its row there: nearby, and without conversions.
+  const bool norm = args_.norm != Norm::kNone;
+  const bool direct = args_.sum != nullptr && args_.sum_dtype == compute && !sum_streams_;
+  std::vector<Line> scratch(norm && !direct ? lines(n, compute) : 0);
   for (int64_t row = begin; row < end; ++row) {
+    const RowKernels::Mask mask = masks.of(row);
     void* const sum = at(args_.sum, row * n, args_.sum_dtype);
-    if (args_.input != nullptr) {
-      const void* input = at(args_.input, row * args_.input_stride, args_.input_dtype);
-      const void* residual = at(args_.residual, row * args_.residual_stride, args_.sum_dtype);
-      if (args_.colscale == nullptr) {
-        of_.add(input, residual, sum, n, masks.of(row), args_.scale);
-      } else {
-        const double rowscale =
-            args_.rowscale == nullptr ? 1 : value_at(args_.rowscale, row, compute);
-        of_.scaled_add(input, residual, sum, n, masks.of(row), args_.scale, args_.input_bias,
-                       args_.colscale, rowscale);
-      }
+    void* const values = scratch.empty() ? nullptr : scratch.data();
+    const RowKernels::Sum to = {sum, sum_streams_ && mask.is_aligned(), values};
+    const void* input = at(args_.input, row * args_.input_stride, args_.input_dtype);
+    const void* residual = at(args_.residual, row * args_.residual_stride, args_.sum_dtype);
+    if (args_.colscale == nullptr) {
+      of_.add(input, residual, to, n, mask, args_.scale);
+    } else {
+      const double rowscale =
+          args_.rowscale == nullptr ? 1 : value_at(args_.rowscale, row, compute);
+      of_.scaled_add(input, residual, to, n, mask, args_.scale, args_.input_bias, args_.colscale,
+                     rowscale);
     }
-    if (args_.norm == Norm::kNone) continue;
-    const RowKernels::Moments moments = moments_(sum, n, args_.norm == Norm::kLayer);
+    if (!norm) continue;
+    const void* const from = direct ? sum : values;
+    const RowKernels::Moments moments = moments_(from, n, args_.norm == Norm::kLayer);
     const double rstd = 1 / std::sqrt(moments.square + args_.eps);
     set_value(args_.mean, row, compute, moments.mean);
     set_value(args_.rstd, row, compute, rstd);
-    normalizer.normalize(sum, at(args_.out, row * n, args_.out_dtype), n, moments.mean, rstd,
-                         args_.weight, args_.bias, streaming_);
+    normalize(from, at(args_.out, row * n, args_.out_dtype), n, moments.mean, rstd, args_.weight,
+              args_.bias, out_streams_);
   }
-  if (streaming_) kernels().fence();
+  if (sum_streams_ || out_streams_) kernels().fence();
 }
 
 RowsBackward::RowsBackward(const RowBackwardArgs& args)
@@ -202,55 +217,70 @@ RowsBackward::RowsBackward(const RowBackwardArgs& args)
   if (args_.mask.keeps_all()) all_kept_ = defaults_.all_kept();
   const Dtype compute = compute_dtype(args.sum_dtype);
   if (args_.weight == nullptr) args_.weight = defaults_.ones(compute);
+  const auto streams_or_none = [&](const void* base, Dtype dtype) {
+    return base == nullptr || streams(base, args.rows, args.columns, dtype);
+  };
+  streaming_ = streams_or_none(args.grad_sum, args.sum_dtype) &&
+               streams_or_none(args.grad_input, args.dtype);
   chunk_rows_ = std::max({kChunkRows, ceil_div(args.rows, kChunks), kChunkElements / args.columns});
   chunks_ = ceil_div(args.rows, chunk_rows_);
-  column_bytes_ = ceil_div(args.columns * element_size(compute), 64) * 64;
-  const auto words = static_cast<size_t>(chunks_ * column_bytes_) / sizeof(uint64_t);
-  if (args.grad_weight != nullptr) weight_sums_.resize(words);
-  if (args.grad_bias != nullptr) bias_sums_.resize(words);
+  row_lines_ = lines(args.columns, compute);
+  const size_t all = static_cast<size_t>(chunks_) * row_lines_;
+  if (args.grad_weight != nullptr) weight_sums_.resize(all);
+  if (args.grad_bias != nullptr) bias_sums_.resize(all);
 }
 
 void RowsBackward::run(int64_t begin, int64_t end) {
   RowMasks masks(args_.mask, all_kept_);
   const Dtype compute = compute_dtype(args_.sum_dtype);
   const int64_t n = args_.columns;
+  const bool side_by_side = n * element_size(compute) <= kSideBytes;
   // What nobody wants goes to one row, over and over.
-  std::vector<uint64_t> unwanted;
-  if (weight_sums_.empty() || bias_sums_.empty()) unwanted.resize(column_bytes_ / sizeof(uint64_t));
+  std::vector<Line> unwanted;
+  if (weight_sums_.empty() || bias_sums_.empty()) unwanted.resize(row_lines_);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     void* const weight_sums = sums_of(weight_sums_, chunk, unwanted);
     void* const bias_sums = sums_of(bias_sums_, chunk, unwanted);
     const int64_t last = std::min((chunk + 1) * chunk_rows_, args_.rows);
-    for (int64_t row = chunk * chunk_rows_; row < last; ++row) {
-      const void* grad_out = at(args_.grad_out, row * n, args_.dtype);
-      const void* sum = at(args_.sum, row * n, args_.sum_dtype);
-      const double mean = args_.mean == nullptr ? 0 : value_at(args_.mean, row, compute);
-      const double rstd = value_at(args_.rstd, row, compute);
-      const RowKernels::Sums sums =
-          of_.reduce(grad_out, sum, n, mean, rstd, args_.weight, weight_sums, bias_sums);
-      const double columns = static_cast<double>(n);
-      of_.backward(grad_out, sum, at(args_.grad_sum_in, row * n, args_.sum_dtype), n, mean, rstd,
-                   args_.weight, args_.norm == Norm::kRms ? 0 : sums.g / columns, sums.gx / columns,
-                   at(args_.grad_sum, row * n, args_.sum_dtype),
-                   at(args_.grad_input, row * n, args_.dtype), masks.of(row), args_.scale);
+    const auto columns = static_cast<double>(n);
+    for (int64_t row = chunk * chunk_rows_, rows; row < last; row += rows) {
+      rows = side_by_side && last - row >= kReduceRows ? kReduceRows : 1;
+      double mean[kReduceRows], rstd[kReduceRows];
+      RowKernels::Sums sums[kReduceRows];
+      for (int64_t r = 0; r < rows; ++r) {
+        mean[r] = args_.mean == nullptr ? 0 : value_at(args_.mean, row + r, compute);
+        rstd[r] = value_at(args_.rstd, row + r, compute);
+      }
+      (rows == 1 ? of_.reduce : of_.reduce_rows)(at(args_.grad_out, row * n, args_.dtype),
+                                                 at(args_.sum, row * n, args_.sum_dtype), n, mean,
+                                                 rstd, args_.weight, weight_sums, bias_sums, sums);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t i = row + r, first = i * n;
+        const RowKernels::Mask mask = masks.of(i);
+        of_.backward(at(args_.grad_out, first, args_.dtype), at(args_.sum, first, args_.sum_dtype),
+                     at(args_.grad_sum_in, first, args_.sum_dtype), n, mean[r], rstd[r],
+                     args_.weight, args_.norm == Norm::kRms ? 0 : sums[r].g / columns,
+                     sums[r].gx / columns, at(args_.grad_sum, first, args_.sum_dtype),
+                     at(args_.grad_input, first, args_.dtype), mask, args_.scale,
+                     streaming_ && mask.is_aligned());
+      }
     }
   }
+  if (streaming_) kernels().fence();
 }
 
-void* RowsBackward::sums_of(std::vector<uint64_t>& sums, int64_t chunk,
-                            std::vector<uint64_t>& unwanted) const {
-  if (sums.empty()) return unwanted.data();
-  return reinterpret_cast<char*>(sums.data()) + chunk * column_bytes_;
+void* RowsBackward::sums_of(std::vector<Line>& sums, int64_t chunk,
+                            std::vector<Line>& unwanted) const {
+  return sums.empty() ? unwanted.data() : sums.data() + chunk * row_lines_;
 }
 
 template <class C>
-void RowsBackward::add_up(const std::vector<uint64_t>& partial, void* out) const {
+void RowsBackward::add_up(const std::vector<Line>& partial, void* out) const {
   if (out == nullptr) return;
   auto* const to = static_cast<C*>(out);
   std::fill_n(to, args_.columns, C{0});
   for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-    const auto* from = reinterpret_cast<const C*>(reinterpret_cast<const char*>(partial.data()) +
-                                                  chunk * column_bytes_);
+    const auto* from = reinterpret_cast<const C*>(partial.data() + chunk * row_lines_);
     for (int64_t j = 0; j < args_.columns; ++j) to[j] += from[j];
   }
 }

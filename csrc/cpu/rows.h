@@ -2,12 +2,18 @@
 // The split changes no bit.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
 #include "row_kernel.h"
 
 namespace dropout_ext::cpu {
+
+// Rows of one's own begin where a cache line does: vectors that cross lines take twice the time.
+struct alignas(64) Line {
+  std::byte bytes[64];
+};
 
 // What stands in for arguments that are left out: a row each of zeros, -0 (which added changes
 // nothing), ones, and keep bits that keep everything.
@@ -52,7 +58,7 @@ class Rows {
   RowKernels::Moments (*moments_)(const void*, int64_t, bool);
   Defaults defaults_;
   const uint64_t* all_kept_ = nullptr;
-  bool streaming_ = false;
+  bool sum_streams_ = false, out_streams_ = false;
 };
 
 // Chunks of rows, each with column sums of its own, whose number depends on the sizes alone.
@@ -64,16 +70,18 @@ class RowsBackward {
   void finish();  // after all chunks: the column sums
 
  private:
-  void* sums_of(std::vector<uint64_t>& sums, int64_t chunk, std::vector<uint64_t>& unwanted) const;
+  void* sums_of(std::vector<Line>& sums, int64_t chunk, std::vector<Line>& unwanted) const;
   template <class C>
-  void add_up(const std::vector<uint64_t>& partial, void* out) const;
+  void add_up(const std::vector<Line>& partial, void* out) const;
 
   RowBackwardArgs args_;
   const RowKernels::Of& of_;
   Defaults defaults_;
   const uint64_t* all_kept_ = nullptr;
-  int64_t chunks_, chunk_rows_, column_bytes_;
-  std::vector<uint64_t> weight_sums_, bias_sums_;
+  bool streaming_;
+  int64_t chunks_, chunk_rows_;
+  size_t row_lines_;
+  std::vector<Line> weight_sums_, bias_sums_;
 };
 
 }  // namespace dropout_ext::cpu

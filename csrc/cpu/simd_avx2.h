@@ -141,6 +141,19 @@ inline F64 operator*(F64 a, F64 b) {
   return a;
 }
 
+// As in simd_avx512.h.
+inline float sum_lanes(F32 x) {
+  const __m256 y = _mm256_add_ps(x.lo, x.hi);
+  __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  z = _mm_add_ps(z, _mm_movehl_ps(z, z));
+  return _mm_cvtss_f32(_mm_add_ss(z, _mm_movehdup_ps(z)));
+}
+inline double sum_lanes(F64 x) {
+  const __m256d y = _mm256_add_pd(_mm256_add_pd(x.v[0], x.v[2]), _mm256_add_pd(x.v[1], x.v[3]));
+  const __m128d z = _mm_add_pd(_mm256_castpd256_pd128(y), _mm256_extractf128_pd(y, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(z, _mm_unpackhi_pd(z, z)));
+}
+
 inline F32 absolute(F32 a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
@@ -197,6 +210,21 @@ __attribute__((always_inline)) inline __m256i bfloat16_bits_any(F32 x) {
 }
 __attribute__((always_inline)) inline void store_any(BFloat16* p, F32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits_any(x));
+}
+// What loading it after store_any would give.
+template <class Elem, class V>
+inline V rounded(const V& x) {
+  if constexpr (std::is_same_v<Elem, BFloat16>) {
+    const __m256i lo = _mm256_slli_epi32(bfloat16_upper_any(x.lo), 16);
+    const __m256i hi = _mm256_slli_epi32(bfloat16_upper_any(x.hi), 16);
+    return {_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi)};
+  } else if constexpr (std::is_same_v<Elem, Float16>) {
+    const __m256i bits = float16_bits(x);
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(bits)),
+            _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1))};
+  } else {
+    return x;
+  }
 }
 template <class Elem, class V>
 inline void stream_any(Elem* p, const V& x) {

@@ -26,9 +26,30 @@ inline F64 load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p
 inline F32 load(const Float16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+// The order of 16-bit lanes that moves lane i to lane 2 i + 1, and back: one permutation instead of
+// a conversion and a shift.
+struct HalfOrder {
+  alignas(64) uint16_t widen[32], narrow[32];
+};
+constexpr HalfOrder half_order() {
+  HalfOrder order{};
+  for (int i = 0; i < 32; ++i) {
+    order.widen[i] = static_cast<uint16_t>(i / 2);
+    order.narrow[i] = static_cast<uint16_t>((2 * i + 1) % 32);
+  }
+  return order;
+}
+inline constexpr HalfOrder kHalfOrder = half_order();
+
 inline F32 load(const BFloat16* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+  const __m512i order = _mm512_load_si512(kHalfOrder.widen);
+  return {_mm512_castsi512_ps(
+      _mm512_maskz_permutexvar_epi16(0xAAAAAAAA, order, _mm512_castsi256_si512(half)))};
+}
+inline __m256i upper_halves(__m512i x) {
+  const __m512i order = _mm512_load_si512(kHalfOrder.narrow);
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(order, x));
 }
 
 inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
@@ -45,9 +66,7 @@ inline __m512i round_to_upper_half(__m512 x) {
   const __m512i down = _mm512_add_epi32(u, _mm512_set1_epi32(0x7FFF));
   return _mm512_mask_add_epi32(down, odd, down, _mm512_set1_epi32(1));
 }
-inline __m256i bfloat16_bits(F32 x) {
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_upper_half(x.v), 16));
-}
+inline __m256i bfloat16_bits(F32 x) { return upper_halves(round_to_upper_half(x.v)); }
 inline __m256i float16_bits(F32 x) {
   return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -116,6 +135,24 @@ inline F64 operator*(F64 a, F64 b) {
   return {_mm512_mul_pd(a.lo, b.lo), _mm512_mul_pd(a.hi, b.hi)};
 }
 
+// Lane i with lane i + 8, then with i + 4, i + 2 and i + 1, as in all variants.
+inline float sum_lanes(__m128 x) {
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+inline double sum_lanes(__m256d x) {
+  const __m128d y = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(y, _mm_unpackhi_pd(y, y)));
+}
+inline float sum_lanes(F32 x) {
+  const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+  return sum_lanes(_mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
+}
+inline double sum_lanes(F64 x) {
+  const __m512d y = _mm512_add_pd(x.lo, x.hi);
+  return sum_lanes(_mm256_add_pd(_mm512_castpd512_pd256(y), _mm512_extractf64x4_pd(y, 1)));
+}
+
 inline F32 absolute(F32 a) { return {_mm512_abs_ps(a.v)}; }
 inline F32 if_greater(F32 a, F32 b, F32 x, F32 y) {
   return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), x.v)};
@@ -144,11 +181,26 @@ template <class Elem, class V>
 inline void store_any(Elem* p, const V& x) {
   store(p, x);
 }
-__attribute__((always_inline)) inline __m256i bfloat16_bits_any(F32 x) {
+__attribute__((always_inline)) inline __m512i round_any(F32 x) {
   const __mmask16 number = _mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q);
-  const __m512i rounded =
-      _mm512_mask_mov_epi32(_mm512_castps_si512(x.v), number, round_to_upper_half(x.v));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  const __m512i u = _mm512_castps_si512(x.v);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, u, _mm512_set1_epi32(0x10000));
+  const __m512i down = _mm512_mask_add_epi32(u, number, u, _mm512_set1_epi32(0x7FFF));
+  return _mm512_mask_add_epi32(down, odd, down, _mm512_set1_epi32(1));
+}
+__attribute__((always_inline)) inline __m256i bfloat16_bits_any(F32 x) {
+  return upper_halves(round_any(x));
+}
+// What loading it after store_any would give.
+template <class Elem, class V>
+inline V rounded(const V& x) {
+  if constexpr (std::is_same_v<Elem, BFloat16>) {
+    return {_mm512_castsi512_ps(_mm512_and_si512(round_any(x), _mm512_set1_epi32(~0xFFFF)))};
+  } else if constexpr (std::is_same_v<Elem, Float16>) {
+    return {_mm512_cvtph_ps(float16_bits(x))};
+  } else {
+    return x;
+  }
 }
 __attribute__((always_inline)) inline void store_any(BFloat16* p, F32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits_any(x));

@@ -97,6 +97,15 @@ inline F32 operator/(F32 a, const F32& b) {
   return a;
 }
 
+// As in simd_avx512.h.
+template <class V>
+inline double sum_lanes(V x) {
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) x.v[i] += x.v[i + width];
+  }
+  return x.v[0];
+}
+
 inline F32 absolute(F32 a) {
   for (int i = 0; i < 16; ++i) a.v[i] = std::fabs(a.v[i]);
   return a;
@@ -141,6 +150,13 @@ inline F64 mul_or_zero(const Keep& k, const F64& a, const F64& b) {
 template <class Elem, class V>
 inline void store_any(Elem* p, const V& x) {
   store(p, x);
+}
+// What loading it after store_any would give.
+template <class Elem, class V>
+inline V rounded(const V& x) {
+  Elem stored[16];
+  store_any(stored, x);
+  return load(stored);
 }
 template <class Elem, class V>
 inline void stream_any(Elem* p, const V& x) {

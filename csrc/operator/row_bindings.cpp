@@ -118,7 +118,7 @@ PyObject* eager_rows(PyObject*, PyObject* const* args, Py_ssize_t n) {
     const bool default_of_rms = call.rms && args[15] == Py_None;
     call.eps = default_of_rms ? default_eps(dtype) : unpack_float(args[15], "eps");
     dtype = unpack_dtype(args[17], "dtype").value_or(dtype);
-    return_sum = unpack_bool(args[18]);
+    call.return_sum = return_sum = unpack_bool(args[18]);
   }
   at::Tensor out, sum;
   {

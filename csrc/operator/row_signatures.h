@@ -42,7 +42,7 @@ using AddNormSignature = AddNorm(const at::Tensor&, const OptionalTensor&, const
                                  const OptionalTensor&, const OptionalTensor&,
                                  const OptionalTensor&, double, double, c10::SymIntArrayRef,
                                  c10::SymInt, int64_t, const OptionalTensor&, const OptionalTensor&,
-                                 double, bool, at::ScalarType, at::ScalarType);
+                                 double, bool, at::ScalarType, at::ScalarType, bool);
 
 template <auto function>
 struct AddNormOf {
@@ -51,12 +51,13 @@ struct AddNormOf {
                       const OptionalTensor& rowscale, const OptionalTensor& key, double p,
                       double scale, c10::SymIntArrayRef mask_strides, c10::SymInt mask_offset,
                       int64_t norm_dims, const OptionalTensor& weight, const OptionalTensor& bias,
-                      double eps, bool rms, at::ScalarType sum_dtype, at::ScalarType dtype) {
-    return function(
-        {input, tensor_or_none(residual), tensor_or_none(input_bias), tensor_or_none(colscale),
-         tensor_or_none(rowscale), tensor_or_none(key), p, scale, mask_strides,
-         std::move(mask_offset), norm_dims, tensor_or_none(weight), tensor_or_none(bias), eps, rms},
-        sum_dtype, dtype);
+                      double eps, bool rms, at::ScalarType sum_dtype, at::ScalarType dtype,
+                      bool return_sum) {
+    return function({input, tensor_or_none(residual), tensor_or_none(input_bias),
+                     tensor_or_none(colscale), tensor_or_none(rowscale), tensor_or_none(key), p,
+                     scale, mask_strides, std::move(mask_offset), norm_dims, tensor_or_none(weight),
+                     tensor_or_none(bias), eps, rms, return_sum},
+                    sum_dtype, dtype);
   }
 };
 

@@ -185,7 +185,7 @@ void run_rows(const RowCall& call, const Tensor& sum, const Tensor& out, const T
   args.input_bias = data(input_bias);
   args.colscale = data(colscale);
   args.rowscale = data(rowscale);
-  args.sum = sum.mutable_data_ptr();
+  args.sum = sum.numel() == 0 ? nullptr : sum.mutable_data_ptr();
   args.sum_dtype = dtype_of(sum);
   args.norm = !out.defined() ? Norm::kNone : call.rms ? Norm::kRms : Norm::kLayer;
   args.eps = call.eps;
@@ -250,17 +250,19 @@ AddNorm add_norm_kernel(const RowCall& call, ScalarType sum_dtype, ScalarType dt
     return input.is_cpu() ? at::detail::empty_cpu(shape, type)
                           : at::empty(shape, input.options().dtype(type));
   };
-  Tensor sum = empty(sizes, sum_dtype);
+  // The CUDA kernel reads it again where a row is too long to be held.
+  const bool stored = call.return_sum || input.is_cuda();
+  const Tensor sum = empty(stored ? sizes : at::IntArrayRef{0}, sum_dtype);
   Tensor out = empty(sizes, dtype);
   Tensor mean = empty(call.rms ? at::IntArrayRef{0} : row_sizes, compute);
   Tensor rstd = empty(row_sizes, compute);
-  if (sum.numel() > 0) {
+  if (out.numel() > 0) {
     run_rows(call, sum, out, call.rms ? Tensor() : mean, rstd);
   } else {
     mean.zero_();
     rstd.fill_(1 / std::sqrt(call.eps));
   }
-  return {out, sum, mean, rstd};
+  return {out, stored == call.return_sum ? sum : sum.new_empty({0}), mean, rstd};
 }
 
 void check_backward(const Tensor& grad_out, const Tensor& grad_sum, const Tensor& sum,
@@ -450,7 +452,7 @@ AddNorm add_norm(const RowCall& call, ScalarType sum_dtype, ScalarType dtype) {
   return op.call(call.input, maybe(call.residual), maybe(call.input_bias), maybe(call.colscale),
                  maybe(call.rowscale), maybe(call.key), call.p, call.scale, call.mask_strides,
                  call.mask_offset, call.norm_dims, maybe(call.weight), maybe(call.bias), call.eps,
-                 call.rms, sum_dtype, dtype);
+                 call.rms, sum_dtype, dtype, call.return_sum);
 }
 
 AddNorm add_norm_backward(const Tensor& grad_out, const Tensor& grad_sum, const Tensor& sum,
@@ -483,7 +485,8 @@ TORCH_LIBRARY_FRAGMENT(dropout_ext, m) {
   m.def("add(" DROPOUT_EXT_ROWS "ScalarType dtype) -> Tensor", tags);
   m.def("add_norm(" DROPOUT_EXT_ROWS
         "int norm_dims, Tensor? weight, Tensor? bias, float eps, bool rms, ScalarType sum_dtype, "
-        "ScalarType dtype) -> (Tensor out, Tensor sum, Tensor mean, Tensor rstd)",
+        "ScalarType dtype, bool return_sum) -> "
+        "(Tensor out, Tensor sum, Tensor mean, Tensor rstd)",
         tags);
 #undef DROPOUT_EXT_ROWS
   m.def(

@@ -25,6 +25,7 @@ struct RowCall {
   at::Tensor weight = {}, bias = {};
   double eps = 0;
   bool rms = false;
+  bool return_sum = true;  // else it is empty
 
   Call dropout() const { return {key, p, scale, mask_strides, mask_offset}; }
   bool has_scales() const {

@@ -233,7 +233,9 @@ struct AddNormFunction : torch::autograd::Function<AddNormFunction> {
                                const RowCall& call, ScalarType sum_dtype, ScalarType dtype,
                                AddNorm* result) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    *result = add_norm(call, sum_dtype, dtype);
+    RowCall with_sum = call;
+    with_sum.return_sum = true;
+    *result = add_norm(with_sum, sum_dtype, dtype);
     const auto& [out, sum, mean, rstd] = *result;
     ctx->save_for_backward({call.key, call.has_scales() ? input : Tensor(), call.input_bias,
                             call.colscale, call.rowscale, sum, mean, rstd, call.weight});
@@ -355,7 +357,8 @@ AddNorm add_norm_autograd(const RowCall& call, ScalarType sum_dtype, ScalarType 
     check_rows(call, /*norm=*/true, sum_dtype, dtype);
     const Tensor sum = composed_sum(call, sum_dtype);
     const Tensor none = at::empty({0}, sum.options().dtype(compute_type(sum_dtype)));
-    return {composed_norm(sum, call, dtype), sum, none, none};
+    return {composed_norm(sum, call, dtype), call.return_sum ? sum : sum.new_empty({0}), none,
+            none};
   }
   if (any_needs_graph(input, residual, input_bias, colscale, weight, bias)) {
     // The moments have no gradient and are results of the operator alone.

@@ -583,19 +583,32 @@ void check_all_plans() {
   }
 }
 
+// Memory that may be written past the caches.
+template <class T>
+struct Aligned {
+  using value_type = T;
+  static constexpr std::align_val_t kAlignment{cpu::kStreamAlignment};
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kAlignment)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, kAlignment); }
+  bool operator==(const Aligned&) const { return true; }
+};
+template <class T>
+using AlignedVector = std::vector<T, Aligned<T>>;
+
 // The passes over a row, on memory of exactly its length, so that sanitizers see every access
 // outside it; the sum against plain arithmetic, the others against the portable variant.
 template <class T, class S>
 void check_row(const Kernels& kernels, int64_t n, int skip, bool stored, std::mt19937_64& random) {
   using C = std::conditional_t<std::is_same_v<S, Double>, Double, Single>;
   using Compute = typename C::Compute;
-  const auto values = [&](auto elem) {
-    std::vector<decltype(elem)> all(n);
+  constexpr int kRows = cpu::kReduceRows;
+  const auto values = [&](auto elem, int rows = 1) {
+    std::vector<decltype(elem)> all(rows * n);
     for (auto& value : all) value = random_value<decltype(elem)>(random);
     return all;
   };
-  const auto x = values(T{}), grad = values(T{});
-  const auto residual = values(S{}), grad_sum = values(S{});
+  const auto x = values(T{}), grad = values(T{}, kRows);
+  const auto residual = values(S{}, kRows), grad_sum = values(S{});
   const auto weight = values(C{}), bias = values(C{});
   const Key key{random(), random()};
   const MaskRun run{key, 8 * (random() >> 8) + skip, static_cast<uint32_t>(threshold(0.3))};
@@ -604,37 +617,49 @@ void check_row(const Kernels& kernels, int64_t n, int skip, bool stored, std::mt
   const cpu::RowKernels::Mask mask{stored ? bits.data() : nullptr, run};
   const int pair = row_pair(T::kDtype, S::kDtype);
   const double scale = 1 / 0.7;
+  const bool streaming = n % cpu::kStreamColumns == 0 && mask.is_aligned();
 
   struct Results {
-    std::vector<S> sum, grad_sum;
-    std::vector<T> out, grad_input;
-    std::vector<C> grad_weight, grad_bias;
+    AlignedVector<S> sum, grad_sum;
+    AlignedVector<T> out, grad_input;
+    std::vector<C> scaled_values, values, grad_weight, grad_bias;
     cpu::RowKernels::Moments moments;
-    cpu::RowKernels::Sums sums;
+    cpu::RowKernels::Sums sums[kRows];
   } results[2];
   const Kernels* const both[] = {&kernels, &cpu::kernels_portable};
   for (int i = 0; i < 2; ++i) {
     const cpu::RowKernels::Of& of = both[i]->rows->of[pair];
     Results& r = results[i];
-    r = {std::vector<S>(n),
-         std::vector<S>(n),
-         std::vector<T>(n),
-         std::vector<T>(n),
+    r = {AlignedVector<S>(n),
+         AlignedVector<S>(n),
+         AlignedVector<T>(n),
+         AlignedVector<T>(n),
+         std::vector<C>(n),
+         std::vector<C>(n),
          std::vector<C>(n),
          std::vector<C>(n),
          {},
          {}};
-    of.scaled_add(x.data(), residual.data(), r.sum.data(), n, mask, scale, bias.data(),
-                  weight.data(), 0.7);
-    of.normalize(r.sum.data(), r.out.data(), n, 0.1, 1.3, weight.data(), bias.data(), false);
-    of.add(x.data(), residual.data(), r.sum.data(), n, mask, scale);
-    r.moments = both[i]->rows->moments[static_cast<int>(S::kDtype)](r.sum.data(), n, skip % 2 == 0);
-    r.sums = of.reduce(grad.data(), residual.data(), n, 0.1, 1.3, weight.data(),
-                       r.grad_weight.data(), r.grad_bias.data());
+    of.scaled_add(x.data(), residual.data(), {nullptr, false, r.scaled_values.data()}, n, mask,
+                  scale, bias.data(), weight.data(), 0.7);
+    of.add(x.data(), residual.data(), {r.sum.data(), streaming, r.values.data()}, n, mask, scale);
+    const cpu::RowKernels& rows = *both[i]->rows;
+    rows.normalize[static_cast<int>(T::kDtype)](r.scaled_values.data(), r.out.data(), n, 0.1, 1.3,
+                                                weight.data(), bias.data(), streaming);
+    r.moments = rows.moments[static_cast<int>(S::kDtype)](r.values.data(), n, skip % 2 == 0);
+    const double mean[kRows] = {0.1, -0.2, 3, 0}, rstd[kRows] = {1.3, 0.7, 1e-3, 11};
+    // Side by side, or one after the other by the portable variant.
+    const int side = i == 0 ? kRows : 1;
+    for (int row = 0; row < kRows; row += side) {
+      (side == 1 ? of.reduce : of.reduce_rows)(
+          grad.data() + row * n, residual.data() + row * n, n, mean + row, rstd + row,
+          weight.data(), r.grad_weight.data(), r.grad_bias.data(), r.sums + row);
+    }
     of.backward(grad.data(), residual.data(), skip % 3 == 0 ? nullptr : grad_sum.data(), n, 0.1,
-                1.3, weight.data(), 0.01, 0.02, r.grad_sum.data(), r.grad_input.data(), mask,
-                scale);
+                1.3, weight.data(), 0.01, 0.02, r.grad_sum.data(), r.grad_input.data(), mask, scale,
+                streaming);
   }
+  cpu::kernels().fence();
   const auto equal = [](const auto& a, const auto& b) {
     for (size_t j = 0; j < a.size(); ++j) {
       if (!same(a[j], b[j])) return false;
@@ -648,7 +673,8 @@ void check_row(const Kernels& kernels, int64_t n, int skip, bool stored, std::mt
     const Compute t = kept ? static_cast<Compute>(T::load(x[j])) : 0;
     const Compute sum =
         std::fma(t, static_cast<Compute>(scale), static_cast<Compute>(S::load(residual[j])));
-    if (same(a.sum[j], S::store(sum))) continue;
+    const S rounded = S::store(sum);
+    if (same(a.sum[j], rounded) && same(a.values[j], C::store(S::load(rounded)))) continue;
     fail("%s, rows, pair %d: sum %d of %d", kernels.name, pair, static_cast<int>(j),
          static_cast<int>(n));
     break;
@@ -656,8 +682,10 @@ void check_row(const Kernels& kernels, int64_t n, int skip, bool stored, std::mt
   if (!equal(a.out, b.out) || !equal(a.grad_sum, b.grad_sum) ||
       !equal(a.grad_input, b.grad_input) || !equal(a.grad_weight, b.grad_weight) ||
       !equal(a.grad_bias, b.grad_bias) || !alike(a.moments.mean, b.moments.mean) ||
-      !alike(a.moments.square, b.moments.square) || !alike(a.sums.g, b.sums.g) ||
-      !alike(a.sums.gx, b.sums.gx)) {
+      !alike(a.moments.square, b.moments.square) || !equal(a.scaled_values, b.scaled_values) ||
+      !std::equal(a.sums, a.sums + kRows, b.sums, [&](const auto& left, const auto& right) {
+        return alike(left.g, right.g) && alike(left.gx, right.gx);
+      })) {
     fail("%s, rows, pair %d: %d elements differ from portable", kernels.name, pair,
          static_cast<int>(n));
   }
@@ -667,7 +695,8 @@ template <class T, class S>
 void check_rows_of(const Kernels& kernels) {
   std::mt19937_64 random(3);
   for (int round = 0; round < 60; ++round) {
-    const int64_t n = round < 20 ? round + 1 : 1 + static_cast<int64_t>(random() % 700);
+    int64_t n = round < 20 ? round + 1 : 1 + static_cast<int64_t>(random() % 700);
+    if (round % 3 == 2) n *= cpu::kStreamColumns;
     check_row<T, S>(kernels, round == 59 ? 9001 : n, static_cast<int>(random() % 8), round % 2 == 0,
                     random);
   }
