@@ -20,7 +20,8 @@ CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name
 # What a CUDA build without a GPU can show of itself, and what differs between versions of torch;
 # `make test` runs everything.
 VERSION_TESTS = $(foreach t,operator keys module family errors layouts functorch autograd \
-  checkpoint compile seeds modes amp interop monte_carlo distributed fused compat,tests/test_$(t).py)
+  checkpoint compile seeds modes amp interop monte_carlo distributed fused compat convert \
+  keys_context override override_compile,tests/test_$(t).py)
 # What calls the extension in every way, in minutes.
 SANITIZE_TESTS = $(foreach t,operator layouts errors keys fuzz,tests/test_$(t).py)
 # A file in a process of its own at a time; four need not more than 8 GB of memory.
@@ -74,7 +75,7 @@ $(INSTALLED): requirements-dev.txt requirements-test.txt
 	$(PY) -m pip install -q "$(TORCH)" -r requirements-dev.txt
 	@rm -f $(VENV)/.installed-*; touch $@
 
-$(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*/*)
+$(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 	@mkdir -p build && touch build/.started  # an edit during the build is newer than the stamp
 	@echo "building the extension (log: build/build.log)"
 	@$(PY) setup.py -q build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }
@@ -83,14 +84,9 @@ $(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*/*)
 compile_commands.json: $(BUILT) ## how each source is compiled, for editors and clang-tidy
 	@$(VENV)/bin/ninja -C $$(ls -td build/temp.* | head -1) -t compdb compile >$@
 
-# The operators are read as one source: nearly all of the time goes into torch's headers.
 tidy: compile_commands.json ## clang-tidy (of the system), on all but the CUDA sources
-	@mkdir -p build/tidy
-	@for file in csrc/operator/*.cpp; do echo "#include \"../../$$file\"  // NOLINT"; done \
-	  >build/tidy/operators.cpp
-	@sed s:csrc/operator/ops.cpp:build/tidy/operators.cpp: $< >build/tidy/compile_commands.json
-	(ls csrc/*/*.cpp | grep -vE '^csrc/(cuda|operator)/'; echo build/tidy/operators.cpp) | \
-	  xargs -P $$(nproc) -n 1 clang-tidy -p build/tidy --quiet
+	ls csrc/operators.cpp csrc/*/*.cpp | grep -vE '^csrc/(cuda|operator)/' | \
+	  xargs -P $$(nproc) -n 1 clang-tidy -p . --quiet
 
 test: build ## run the tests; ARGS="-k name" narrows them
 	$(PY) -m pytest --timeout=600 $(IN_PARALLEL) $(ARGS)

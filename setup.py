@@ -129,7 +129,7 @@ def with_torch(torch) -> dict:
         ("DROPOUT_EXT_TORCH_VERSION", f'"{torch.__version__}"'),
         ("DROPOUT_EXT_TORCH_TESTED", f'"{tested}"'),
     ]
-    files = sources("csrc/operator/*.cpp", "csrc/cpu/*.cpp", "csrc/attention/*.cpp")
+    files = sources("csrc/operators.cpp", "csrc/cpu/*.cpp", "csrc/attention/*.cpp")
     if cuda_home:
         gpus = range(torch.cuda.device_count())
         capabilities = [torch.cuda.get_device_capability(gpu) for gpu in gpus]
@@ -194,7 +194,7 @@ def with_torch(torch) -> dict:
         files,
         include_dirs=[str(ROOT / "csrc")],
         define_macros=macros,
-        depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
+        depends=sources("csrc/**/*.h", "csrc/**/*.cuh", "csrc/operator/*.cpp"),
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
         extra_link_args=link_flags,
     )

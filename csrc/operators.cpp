@@ -1,0 +1,10 @@
+// The operators, compiled as one source: nearly all of the time of each goes into torch's headers.
+#include "operator/autograd.cpp"
+#include "operator/bindings.cpp"
+#include "operator/checks.cpp"
+#include "operator/draw.cpp"
+#include "operator/ops.cpp"
+#include "operator/row_bindings.cpp"
+#include "operator/rows.cpp"
+#include "operator/rows_autograd.cpp"
+#include "operator/unpack.cpp"
