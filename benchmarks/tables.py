@@ -54,11 +54,33 @@ def time_of(row):
     return f"{short(row.p50 * 1e-9)} s"
 
 
+# From here on rounds differ by more than the machine does on its own: something else ran on it.
+DOUBTFUL = 0.1
+
+
+def variation(row):
+    """Half of p80 - p20, over the median."""
+    return (row.p80 - row.p20) / 2 / row.p50
+
+
 def per_call(row):
-    """The same with its spread: half of p80 - p20."""
+    """The same with its variation, marked where it makes the time doubtful."""
     if row is None:
         return "-"
-    return f"{time_of(row)} ±{(row.p80 - row.p20) / 2 / row.p50:.0%}"
+    varies = variation(row)
+    return f"{time_of(row)} {'[bold red]!' if varies > DOUBTFUL else '±'}{varies:.0%}"
+
+
+def doubts(table):
+    """A sentence where the machine was loaded while it was measured, else None."""
+    times = table[table.metric == "time"]
+    loud = times[variation(times) > DOUBTFUL]
+    if loud.empty:
+        return None
+    return (
+        f"{len(loud)} of {len(times)} times vary by more than {DOUBTFUL:.0%} between rounds, "
+        "marked with ! above: something else ran on this machine. Measure again when it is idle."
+    )
 
 
 def brief(case):
@@ -208,6 +230,8 @@ def show(table, console):
     ):
         if each is not None:
             console.print(each)
+    if warning := doubts(table):
+        console.print(f"[bold red]{warning}")
 
 
 def markdown(table, source):
