@@ -13,7 +13,11 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullL
 from benchmarks import record
 from benchmarks.cases import size
 
-COLOURS = {"torch": "#d1495b", "ours": "#00798c", "floor": "#8d8d8d", "peer": "#edae49"}
+COLOURS = {
+    "torch": "#d1495b", "ours": "#00798c", "fused": "#003d5b", "floor": "#8d8d8d",
+    "peer": "#edae49",
+}  # fmt: skip
+MODEL_SIDES = {"torch": "nn.Dropout", "ours": "dropout_ext", "fused": "dropout_ext, fused"}
 PEERS = ("#edae49", "#66a182", "#8d6a9f")
 OPS = ("forward", "forward and backward")
 
@@ -84,21 +88,6 @@ def time_per_element(axis, rows):
     axis.yaxis.set_major_formatter(FuncFormatter(plain))
 
 
-def speed_up(axis, rows):
-    rows = rows[rows.metric.str.startswith("time over") & (rows.role != "floor")]
-    peers = iter(PEERS)
-    for side in rows.side.unique():
-        of = rows[rows.side == side].sort_values("elements")
-        colour = COLOURS["ours"] if of.role.iloc[0] == "torch" else next(peers)
-        axis.plot(of.elements, of.p50, "o-", color=colour, label=f"over {side}", markersize=3.5)
-        axis.fill_between(of.elements, of.p20, of.p80, color=colour, alpha=0.2, linewidth=0)
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(FixedLocator([0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 30, 50, 100]))
-    axis.yaxis.set_major_formatter(FuncFormatter(plain))
-    axis.yaxis.set_minor_locator(NullLocator())
-
-
 def share(axis, rows):
     lines(axis, rows[rows.metric == "time"], lambda r: 100 * r.share_of_floor)
     axis.set_ylim(bottom=0)
@@ -143,27 +132,78 @@ def saved_picture(table, section):
     return figure
 
 
+def prices(table):
+    """What dropout costs a training step of each model: time and peak memory, over p = 0."""
+    rows = table[table.section == "models"]
+    if rows.empty:
+        return None
+    cases = list(rows.case.unique())
+    height = 0.8 / len(MODEL_SIDES)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(11, 0.45 * len(cases) + 1.6), sharey=True, squeeze=False
+    )
+    for i, (role, label) in enumerate(MODEL_SIDES.items()):
+        time = rows[(rows.role == role) & (rows.metric == "time over p = 0")]
+        memory = rows[rows.metric == "peak memory"].pivot_table("p50", "case", "role", sort=False)
+        over = {
+            "training step": time.set_index("case")[["p50", "p20", "p80"]],
+            "peak memory": (memory[role] / memory["floor"]).dropna().to_frame("p50"),
+        }
+        for axis, of in zip(axes[0], over.values(), strict=True):
+            places = [cases.index(case) + (i - 1) * height for case in of.index]
+            axis.barh(places, 100 * (of.p50 - 1), height, color=COLOURS[role], label=label)
+            if "p20" in of:
+                reach = [100 * (of.p50 - of.p20), 100 * (of.p80 - of.p50)]
+                axis.errorbar(100 * (of.p50 - 1), places, xerr=reach, fmt="none", ecolor="black",
+                              elinewidth=0.8)  # fmt: skip
+        for axis, name in zip(axes[0], over, strict=True):
+            axis.set_xlabel(f"{name}: more than at p = 0, in %")
+            axis.axvline(0, color="black", linewidth=0.8)
+            axis.grid(alpha=0.3, axis="x")
+    axes[0][0].set_yticks(range(len(cases)), cases, fontsize=8)
+    axes[0][0].invert_yaxis()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False,
+                  bbox_to_anchor=(0.5, 1 - 0.5 / figure.get_figheight()))  # fmt: skip
+    first = rows.iloc[0]
+    figure.suptitle(
+        f"The price of dropout (whiskers: 20th to 80th percentile)\n{first.device}, "
+        f"p = {first.p:g}, torch {first.torch}",
+        fontsize=11,
+    )
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    return figure
+
+
 def draw(table, folder):
     """Write every picture that the CSV has figures for; returns the paths."""
     paths = []
+
+    def save(figure, device, name):
+        if figure is not None:
+            path = folder / f"{record.slug(device)}-{name}.png"
+            figure.savefig(path, dpi=130)
+            plt.close(figure)
+            paths.append(path)
+
+    for device, of in table[table.section == "models"].groupby("device", sort=False):
+        save(prices(of), device, "price")
     for section in ("micro", "gpu"):
         of = table[table.section == section]
         if of.empty:
             continue
-        device = record.slug(of.device.iloc[0])
-        for name, figure in (
-            ("time", grid(of, section, "Time per element", "ns per element", time_per_element)),
-            ("speed-up", grid(of, section, "Speed-up of dropout_ext.Dropout",
-                              "times faster", speed_up)),
-            ("floor", grid(of, section, "Share of the floor's speed", "% of the floor", share)),
-            ("saved", saved_picture(of, section)),
-        ):  # fmt: skip
-            if figure is None:
-                continue
-            path = folder / f"{device}-{name}.png"
-            figure.savefig(path, dpi=130)
-            plt.close(figure)
-            paths.append(path)
+        device = of.device.iloc[0]
+        save(
+            grid(of, section, "Time per element", "ns per element", time_per_element),
+            device,
+            "time",
+        )
+        save(
+            grid(of, section, "Share of the floor's speed", "% of the floor", share),
+            device,
+            "floor",
+        )
+        save(saved_picture(of, section), device, "saved")
     return paths
 
 

@@ -253,8 +253,6 @@ def markdown(table, source):
                         line = markdown_line(case, op, dtype, n, section)
                         lines += [line] if line else []
     where = source.relative_to(record.ROOT) if source.is_relative_to(record.ROOT) else source.name
-    for picture in sorted(source.parent.glob("*speed-up.png")):
-        lines += ["", f"![times faster than nn.Dropout, over size]({where.parent}/{picture.name})"]
     threads = "one thread on the CPU, " if (rows.section == "micro").any() else ""
     pages = ""
     if (rows.section == "hugepages").any():
@@ -268,10 +266,10 @@ def markdown(table, source):
         f"interleaved run; the floor is `torch.mul(x, c)` on the CPU and `y.copy_(x)` on a GPU."
         f"{pages} Source: `{where}`.",
     ]
-    return "\n".join([*markdown_models(table), *lines])
+    return "\n".join([*markdown_models(table, source.parent, where.parent), *lines])
 
 
-def markdown_models(table):
+def markdown_models(table, folder, where):
     rows = table[table.section == "models"]
     if rows.empty:
         return
@@ -294,6 +292,8 @@ def markdown_models(table):
             peak = one(of, role=role, metric="peak memory")
             cells.append("-" if off is None or peak is None else f"{peak.p50 / off.p50:.2f}")
         yield f"| {case} | " + " | ".join(cells) + " |"
+    for picture in sorted(folder.glob("*-price.png")):
+        yield from ("", f"![the price of dropout in models]({where}/{picture.name})")
     yield from ("", "The operator by itself:", "")
 
 
