@@ -209,7 +209,8 @@ def test_geometry_changes_no_bits(geometry, key):
 
 
 def test_every_kernel(geometry):
-    """What compute-sanitizer is shown: every path, dtype, alignment and width of the positions."""
+    """What compute-sanitizer is shown: every path, epilogue, dtype, alignment and width of the
+    positions."""
     results = zip(gpu_check.every_kernel("cuda"), gpu_check.every_kernel("cpu"), strict=True)
     for (what, actual), (_, expected) in results:
         assert torch.equal(bits(actual), bits(expected)), what
