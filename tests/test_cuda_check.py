@@ -305,14 +305,10 @@ def test_compute_sanitizer(monkeypatch, tmp_path):
 
     monkeypatch.setattr(gpu_check, "run", run)
     monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: "compute-sanitizer")
-    for shared in (False, True):
-        monkeypatch.setattr(gpu_check, "uses_shared_memory", lambda shared=shared: shared)
-        tools.clear()
-        part = gpu_check.sanitizer(log, 100)
-        # One tool's report does not spoil the next one's.
-        assert part.status == "fail" and list(part.figures.values()).count("fail") == 2
-        expected = {"memcheck", "synccheck", "initcheck"} | ({"racecheck"} if shared else set())
-        assert set(tools) == expected
+    part = gpu_check.sanitizer(log, 100)
+    # One tool's report does not spoil the next one's.
+    assert part.status == "fail" and list(part.figures.values()).count("fail") == 2
+    assert set(tools) == {"memcheck", "synccheck", "initcheck", "racecheck"}
     monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: None)
     assert gpu_check.sanitizer(log, 10).status == "not run"
 

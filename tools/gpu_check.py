@@ -361,11 +361,6 @@ SANITIZER_TOOLS = {
 }
 
 
-def uses_shared_memory() -> bool:
-    files = (ROOT / "csrc").rglob("*.cu*")
-    return any("__shared__" in file.read_text() for file in files)
-
-
 def judge(text: str) -> tuple[str, str]:
     """What a tool's output says of our kernels: pass, fail or not run, and why."""
     records = re.split(r"^=+ (?=\S)", text, flags=re.MULTILINE)[1:]
@@ -384,10 +379,9 @@ def sanitizer(log: Path, seconds: float) -> Part:
     if program is None:
         return Part("sanitizer", "not run", "compute-sanitizer was not found")
     end = time.monotonic() + seconds
-    tools = [tool for tool in SANITIZER_TOOLS if tool != "racecheck" or uses_shared_memory()]
-    runs = [(tool, name) for tool in tools for name in WORKLOADS]
+    runs = [(tool, name) for tool in SANITIZER_TOOLS for name in WORKLOADS]
     results = {}
-    details = [] if "racecheck" in tools else ["racecheck: not run, no kernel has shared memory"]
+    details = []
     for name, env in WORKLOADS.items():
         status = run(workload_command(name), seconds / 4, log, **env)
         if status != 0:  # without a tool, so it is the workload itself
