@@ -219,6 +219,9 @@ def test_an_extension_built_elsewhere(root):
     built.write_text("carried")
     assert gpu_check.build(root / "log", 100, built).status == "pass"
     assert (root / "dropout_ext" / f"_C{SUFFIX}").read_text() == "carried"
+    in_place = root / "dropout_ext" / f"_C{SUFFIX}"
+    assert gpu_check.build(root / "log", 100, in_place).status == "pass"
+    assert in_place.read_text() == "carried"
     other = root / "_C.cpython-38-riscv64-linux-gnu.so"
     other.write_text("")
     part = gpu_check.build(root / "log", 100, other)
