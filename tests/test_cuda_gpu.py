@@ -14,6 +14,7 @@ from helpers import (
     broadcast_strides,
     make_key,
     random_tensor,
+    run,
 )
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -215,6 +216,13 @@ def test_every_kernel(geometry):
     for (what, actual), (_, expected) in results:
         assert torch.equal(bits(actual), bits(expected)), what
     assert_same_bits(*gpu_check.captured_draw())
+
+
+@pytest.mark.parametrize("name", gpu_check.WORKLOADS)
+def test_workloads_end_well(name):
+    """In a process of its own, as compute-sanitizer runs it."""
+    output = run(*gpu_check.workload_command(name), **gpu_check.WORKLOADS[name])
+    assert output.endswith(f"{gpu_check.WORKLOAD_DONE}\n")
 
 
 def test_drawn_keys_count_up(generator):

@@ -317,8 +317,9 @@ def every_kernel(device: str) -> Iterator[tuple[str, Tensor]]:
             z, total = dropout_ext.dropout_add_layer_norm(
                 x, x.flip(0).to(sum_dtype), columns, weight, weight, p=0.5, key=key, return_sum=True
             )
-            # A norm and its gradients add up in an order of the device's own.
-            torch.autograd.grad(z, (x, weight), z.detach())
+            # A norm and its gradients add up in an order of the device's own. What grad() returns
+            # may abort a process that ends soon after: a thread of PyTorch's is to let go of it.
+            z.backward(z.detach())
             yield f"sum, {sum_dtype}, of {dtype}, {(rows, columns)}", total
 
 
