@@ -100,7 +100,7 @@ def run_worker(environment, on_gpu, sections, args, progress, seconds, take, sav
     env |= {"QUICK": "1" if args.quick else "", "BENCH_SECONDS": str(seconds)}
     where = "GPU" if on_gpu else environment
     task = progress.add_task(where, total=None)
-    notes = []
+    notes, section, began = [], "", time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
         worker = subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True
@@ -113,10 +113,10 @@ def run_worker(environment, on_gpu, sections, args, progress, seconds, take, sav
                 break
             message = json.loads(line)
             if "total" in message:
-                label = f"{message.get('section', '')} ({where})"
                 progress.update(task, total=message["total"], completed=0)
-                if message.get("section"):
-                    progress.update(task, description=label)
+                if "section" in message:
+                    section = message["section"]
+                    progress.update(task, description=f"{section} ({where})")
             elif "row" in message:
                 take(message["row"])
             elif "note" in message:
@@ -125,14 +125,16 @@ def run_worker(environment, on_gpu, sections, args, progress, seconds, take, sav
                 progress.advance(task)
                 if on_gpu:
                     save()
-        failed = worker.wait() != 0
+        status = worker.wait()
         limit.cancel()
         errors.seek(0)
         log = errors.read()
     progress.remove_task(task)
-    if failed:
-        notes.append(f"{', '.join(sections)} ({where}) FAILED:\n{log[-6000:]}")
-    return notes, not failed
+    if status != 0:
+        # Without a trace of its own where it was killed, because it took too long.
+        ended = f"status {status} after {time.monotonic() - began:.0f} s, last in {section}"
+        notes.append(f"{', '.join(sections)} ({where}) FAILED, {ended}:\n{log[-6000:]}")
+    return notes, status == 0
 
 
 def main(argv=None):

@@ -141,9 +141,14 @@ def test_the_cache_is_flushed_without_writing():
 
 
 def test_figures_are_kept_as_they_come(monkeypatch):
-    messages = [{"row": {"a": 1}}, {"step": "one"}, {"row": {"a": 2}}]
+    messages = [
+        {"section": "gpu", "total": 2},
+        {"row": {"a": 1}},
+        {"step": "one"},
+        {"row": {"a": 2}},
+    ]
     lines = "\n".join(map(json.dumps, messages))
-    code = f"print({lines!r}, flush=True); raise SystemExit('killed')"
+    code = f"import os; print({lines!r}, flush=True); os.kill(os.getpid(), 9)"
     start = subprocess.Popen
     monkeypatch.setattr(
         subprocess,
@@ -157,7 +162,8 @@ def test_figures_are_kept_as_they_come(monkeypatch):
         lambda: saved.append(len(rows)),
     )  # fmt: skip
     assert saved == [1] and rows == [{"a": 1}, {"a": 2}]
-    assert not succeeded and "killed" in notes[0]
+    assert not succeeded
+    assert "FAILED, status -9" in notes[0] and "last in gpu" in notes[0]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

@@ -14,6 +14,7 @@ from helpers import (
     broadcast_strides,
     make_key,
     random_tensor,
+    run,
 )
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -209,11 +210,19 @@ def test_geometry_changes_no_bits(geometry, key):
 
 
 def test_every_kernel(geometry):
-    """What compute-sanitizer is shown: every path, dtype, alignment and width of the positions."""
+    """What compute-sanitizer is shown: every path, epilogue, dtype, alignment and width of the
+    positions."""
     results = zip(gpu_check.every_kernel("cuda"), gpu_check.every_kernel("cpu"), strict=True)
     for (what, actual), (_, expected) in results:
         assert torch.equal(bits(actual), bits(expected)), what
     assert_same_bits(*gpu_check.captured_draw())
+
+
+@pytest.mark.parametrize("name", gpu_check.WORKLOADS)
+def test_workloads_end_well(name):
+    """In a process of its own, as compute-sanitizer runs it."""
+    output = run(*gpu_check.workload_command(name), **gpu_check.WORKLOADS[name])
+    assert output.endswith(f"{gpu_check.WORKLOAD_DONE}\n")
 
 
 def test_drawn_keys_count_up(generator):

@@ -10,6 +10,7 @@ from helpers import assert_same_bits, make_key, random_tensor
 from test_convert import Operators
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as nn_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -334,6 +335,7 @@ def test_operands_on_two_devices():
 
 @pytest.mark.cuda
 @each_case
+@sdpa_kernel(SDPBackend.MATH)
 def test_on_cuda(name):
     """As the unfused model there, to 1e-9 in float64, and by the fused operators."""
     models = [model.cuda() for model in pair(name, torch.float64)[:2]]

@@ -165,10 +165,11 @@ def build(log: Path, seconds: float, built: Path | None = None) -> Part:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     if built is not None and not built.name.endswith(suffix):
         return Part("build", "fail", f"{built} is not for this Python, which loads *{suffix}")
+    carried = built.read_bytes() if built is not None else b""  # it may be one of the stale ones
     for stale in (ROOT / "dropout_ext").glob("_C*.so"):
         stale.unlink()
     if built is not None:
-        shutil.copy(built, ROOT / "dropout_ext" / f"_C{suffix}")
+        (ROOT / "dropout_ext" / f"_C{suffix}").write_bytes(carried)
         return self_check(log, f"{built.name}, built elsewhere")
     arch = "{}.{}".format(*torch.cuda.get_device_capability())
     env = {"TORCH_CUDA_ARCH_LIST": arch, "DROPOUT_EXT_CUDA": "1"}
@@ -234,12 +235,14 @@ def tests(log: Path, seconds: float) -> Part:
 
 
 def every_kernel(device: str) -> Iterator[tuple[str, Tensor]]:
-    """Calls that reach every kernel, with ends within and beyond a vector, and their results."""
+    """Calls that reach every kernel, with ends within and beyond a vector, and those results whose
+    bits are the same on every device."""
     import torch
 
     import dropout_ext
-    from dropout_ext import _C, _reference, dropout, keep_mask
+    from dropout_ext import _C, _reference, dropout, dropout_add, keep_mask
 
+    ops = torch.ops.dropout_ext
     key = dropout_ext.key(42)
     on_gpu = device != "cpu"
     # Rows that begin at a vector and rows that do not, and columns, of a mask of (19, 1000).
@@ -252,10 +255,14 @@ def every_kernel(device: str) -> Iterator[tuple[str, Tensor]]:
         for path, strides in masks.items():
             for size in sizes[path]:
                 for begin in (0, 1, 3):
-                    # Through the storage, because views of complex tensors begin at whole elements.
-                    storage = values.clone().untyped_storage()[begin * real.itemsize :]
-                    x = torch.empty(0, dtype=dtype, device=device).set_(storage, 0, (size,))
-                    yield path, strides, begin, x if path == "flat" else x.view(19, -1)
+                    pair = []
+                    for source in (values, values.flip(0)):
+                        # Through the storage, because views of complex tensors begin at whole
+                        # elements.
+                        storage = source.clone().untyped_storage()[begin * real.itemsize :]
+                        x = torch.empty(0, dtype=dtype, device=device).set_(storage, 0, (size,))
+                        pair.append(x if path == "flat" else x.view(19, -1))
+                    yield path, strides, begin, *pair
 
     for wide in (False, True):
         if on_gpu:
@@ -264,9 +271,16 @@ def every_kernel(device: str) -> Iterator[tuple[str, Tensor]]:
             torch.float64, torch.float32, torch.float16, torch.bfloat16,
             torch.complex128, torch.complex64,
         ):  # fmt: skip
-            for path, strides, begin, x in tensors(dtype):
+            for path, strides, begin, x, other in tensors(dtype):
                 what = f"{path}, {dtype}, {tuple(x.shape)} from {begin}, wide {wide}"
                 yield what, dropout(x, 0.5, key=key, mask_strides=strides, mask_offset=8)
+                mask = (key, 0.5, 2.0, strides or (), 8)
+                if not dtype.is_complex:
+                    added = dropout_add(x, other, key=key, mask_strides=strides, mask_offset=8)
+                    yield f"added, {what}", added
+                    if dtype != torch.float64:
+                        yield f"GELU, {what}", ops.activation(x, 0, *mask)
+                        yield f"its gradient, {what}", ops.activation_backward(other, x, 0, *mask)
                 if path == "columns":
                     yield f"transposed {what}", dropout(x.t(), 0.5, key=key)
                     shared = dropout(x, 0.5, key=key, broadcast_dims=(1,), inplace=True)
@@ -281,7 +295,7 @@ def every_kernel(device: str) -> Iterator[tuple[str, Tensor]]:
                     what = f"mask, {path}, {shape} from {offset}, wide {wide}"
                     yield what, keep_mask(shape, 0.5, key, **kwargs)
                     args = (key, 0.5, shape, strides or (), offset)
-                    bits = torch.ops.dropout_ext.keep_bits(*args, device=device)
+                    bits = ops.keep_bits(*args, device=device)
                     # Bytes on the CPU.
                     yield f"bits, {what}", bits if on_gpu else _reference.pack(bits)
     if on_gpu:
@@ -289,6 +303,24 @@ def every_kernel(device: str) -> Iterator[tuple[str, Tensor]]:
     x = torch.ones(300, 7, device=device)
     yield "keys per slice", dropout(x, 0.5, key=dropout_ext.split(key, 300))
     yield "alpha", dropout_ext.functional.alpha_dropout(x, 0.5, True, key=key)
+    double, single, halves = torch.float64, torch.float32, (torch.float16, torch.bfloat16)
+    pairs = [(double, double), (single, single)]
+    for half in halves:
+        pairs += [(half, half), (half, single), (single, half)]
+    for dtype, sum_dtype in pairs:
+        # Columns in vectors and not, and more of them than the threads of a row hold.
+        for rows, columns in ((70, 61), (70, 64), (3, 17_003)):
+            x = (torch.arange(rows * columns, device=device) % 251 - 125).to(dtype) / 8
+            x = x.view(rows, columns).requires_grad_()
+            compute = torch.promote_types(dtype, single)
+            weight = torch.ones(columns, dtype=compute, device=device, requires_grad=True)
+            z, total = dropout_ext.dropout_add_layer_norm(
+                x, x.flip(0).to(sum_dtype), columns, weight, weight, p=0.5, key=key, return_sum=True
+            )
+            # A norm and its gradients add up in an order of the device's own. What grad() returns
+            # may abort a process that ends soon after: a thread of PyTorch's is to let go of it.
+            z.backward(z.detach())
+            yield f"sum, {sum_dtype}, of {dtype}, {(rows, columns)}", total
 
 
 def captured_draw() -> tuple[Tensor, Tensor]:
@@ -331,11 +363,6 @@ SANITIZER_TOOLS = {
 }
 
 
-def uses_shared_memory() -> bool:
-    files = (ROOT / "csrc").rglob("*.cu*")
-    return any("__shared__" in file.read_text() for file in files)
-
-
 def judge(text: str) -> tuple[str, str]:
     """What a tool's output says of our kernels: pass, fail or not run, and why."""
     records = re.split(r"^=+ (?=\S)", text, flags=re.MULTILINE)[1:]
@@ -354,10 +381,9 @@ def sanitizer(log: Path, seconds: float) -> Part:
     if program is None:
         return Part("sanitizer", "not run", "compute-sanitizer was not found")
     end = time.monotonic() + seconds
-    tools = [tool for tool in SANITIZER_TOOLS if tool != "racecheck" or uses_shared_memory()]
-    runs = [(tool, name) for tool in tools for name in WORKLOADS]
+    runs = [(tool, name) for tool in SANITIZER_TOOLS for name in WORKLOADS]
     results = {}
-    details = [] if "racecheck" in tools else ["racecheck: not run, no kernel has shared memory"]
+    details = []
     for name, env in WORKLOADS.items():
         status = run(workload_command(name), seconds / 4, log, **env)
         if status != 0:  # without a tool, so it is the workload itself
