@@ -105,11 +105,11 @@ def assert_accurate(tensors, mask, p, is_causal, scale, dropout_key):
     """At most twice the error of the math path, but for a few roundings: of the largest number, or
     of the largest of those that cancel in the gradient of the scores, of which one comes from the
     weights in the math path and from the output in ours. Of a 16-bit output that gradient knows
-    twice the digits, which for bfloat16 is less than float32.
+    twice the digits, rounded to half of the last, which for bfloat16 is less than float32.
     """
     exact, theirs, ours, grad = all_results(tensors, mask, p, is_causal, scale, dropout_key)
     compute = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    digits = max(8 * torch.finfo(compute).eps, torch.finfo(tensors[0].dtype).eps ** 2 / 8)
+    digits = max(8 * torch.finfo(compute).eps, torch.finfo(tensors[0].dtype).eps ** 2 / 4)
     value = with_all_heads(tensors[0], tensors[2]).detach().double().abs()
     cancelling = (grad.double().abs() @ value.transpose(-2, -1)).max() / (1 - p)
     cancelling = cancelling * max(t.detach().abs().max() for t in tensors[:2]) * abs(scale or 1)
@@ -211,8 +211,14 @@ def make_mask(kind, shape, dtype):
     return random_tensor(shapes[kind], dtype, 5) if kind in shapes else None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(call=calls())
+@example(
+    call={
+        "shapes": [(1, 150, 64), (1, 1, 64), (1, 1, 1)], "kind": "none",
+        "scale": 0.7, "p": 0.1, "dtype": torch.bfloat16, "seed": 0,
+    }
+)  # fmt: skip
 @example(
     call={
         "shapes": [(1, 2, 1100, 64), (1, 2, 1050, 64), (1, 2, 1050, 64)], "kind": "causal",
