@@ -170,8 +170,9 @@ AFFINE, KEEP_MASK, ADD, ACTIVATION, ACTIVATION_BACKWARD = range(5)
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     target = tmp_path_factory.mktemp("cuda_host") / "cuda_host.so"
-    flags = [*HOST_FLAGS, *FLAGS, "-fPIC", "-shared", "-fvisibility=hidden"]
-    return ctypes.CDLL(str(compile_native(target, ["tests/native/cuda_host.cpp"], flags)))
+    flags = [*HOST_FLAGS, *FLAGS, "-fPIC", "-fvisibility=hidden"]
+    sources = ["tests/native/cuda_host.cpp"]
+    return ctypes.CDLL(str(compile_native(target, sources, flags, link=["-shared"])))
 
 
 @pytest.fixture(scope="module")
