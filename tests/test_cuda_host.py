@@ -29,8 +29,9 @@ from helpers import (
 from dropout_ext import _reference as reference
 
 TEST = "tests/native/cuda_kernel_test.cpp"
-# Vectors read memory as other types than it was written as, which nvcc allows.
-FLAGS = ["-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+# Vectors read memory as other types than it was written as, which nvcc allows. Of the pragmas for
+# nvcc, GCC knows none, and clang says of `unroll` where it can't.
+FLAGS = ["-Wno-unknown-pragmas", "-Wno-pass-failed", "-fno-strict-aliasing"]
 
 
 def test_every_path_under_sanitizers(tmp_path):
