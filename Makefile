@@ -61,8 +61,8 @@ export DROPOUT_EXT_WERROR ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build test fuzz sanitize bench bench-compare stats plots demo lint format cuda-build \
-  cuda-static triton-static newest gpu-check wheel dist clean distclean tidy
+.PHONY: help build test clang fuzz sanitize bench bench-compare stats plots demo lint format \
+  cuda-build cuda-static triton-static newest gpu-check wheel dist clean distclean tidy
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,11 @@ tidy: compile_commands.json ## clang-tidy (of the system), on all but the CUDA s
 
 test: build ## run the tests; ARGS="-k name" narrows them
 	$(PY) -m pytest --timeout=600 $(IN_PARALLEL) $(ARGS)
+
+# Their code, of which clang-tidy reads no more than the sources; without sanitizers for the time.
+clang: build ## compile the CPU kernels and their native tests by clang, and run those
+	CXX=clang++ DROPOUT_EXT_SANITIZE= $(PY) -m pytest --timeout=600 -k "variant or headers_on_the_host" \
+	  tests/test_cpu_kernel.py tests/test_contract.py $(ARGS)
 
 fuzz: build ## random calls against the reference, other ones every time; CALLS=<how many>
 	DROPOUT_EXT_FUZZ=$(CALLS) $(PY) -m pytest tests/test_fuzz.py $(ARGS)

@@ -159,18 +159,20 @@ def run_python(code: str, **env: str) -> str:
 
 CXX = os.environ.get("CXX", "g++")
 HOST_FLAGS = ["-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+# As setup.py takes it: DROPOUT_EXT_SANITIZE= is without sanitizers, which take most of the time.
+SANITIZERS = os.environ.get("DROPOUT_EXT_SANITIZE", "address,undefined")
 # Where variables are, for a debugger, would take a third of the time to compile.
-SANITIZED = [*HOST_FLAGS, "-g", "-fno-var-tracking", "-fsanitize=address,undefined",
-             "-fno-sanitize-recover=all"]  # fmt: skip
+SANITIZED = [*HOST_FLAGS, "-g", "-fno-var-tracking", f"-fsanitize={SANITIZERS}",
+             "-fno-sanitize-recover=all"] if SANITIZERS else HOST_FLAGS  # fmt: skip
 
 
 def compile_native(
-    target: Path, sources, flags, *, compiler: str = CXX, language=(), objects=()
+    target: Path, sources, flags, *, compiler: str = CXX, language=(), link=(), objects=()
 ) -> Path:
     """Builds `sources`, paths from the root, at `target`, and links `objects` to them."""
     compiled = compile_objects(f"{target}-", sources, [*flags, *language], compiler=compiler)
     objects = [*objects, *compiled]
-    run(compiler, *flags, *objects, "-o", target)
+    run(compiler, *flags, *link, *objects, "-o", target)
     return target
 
 

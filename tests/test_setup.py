@@ -1,12 +1,13 @@
-"""setup.py: what it refuses, what it warns of, and the versions that it gives a wheel."""
+"""setup.py: what it installs, refuses and warns of, and the versions that it gives a wheel."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import CXX, ROOT, run
 
 # setup.py in a process whose torch is what `torch` makes of it.
 SCRIPT = """
@@ -75,3 +76,43 @@ def test_wheel_is_named_for_its_torch(tmp_path):
     info = (tmp_path / "dropout_ext.egg-info" / "PKG-INFO").read_text()
     assert f"\nVersion: 0.1.0+torch{version}.cpu\n" in info
     assert f"\nRequires-Dist: torch=={version}.*\n" in info
+
+
+# Compiles nothing in place of each source, which must exist, and links as the compiler does.
+COMPILER = f"""#!/bin/sh
+case "$*" in *" -c "*) ;; *) exec {CXX} "$@" ;; esac
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -o) out=$2 ;;
+    *.cpp) [ -f "$1" ] || exit 1 ;;
+  esac
+  shift
+done
+exec {CXX} -x c++ -fPIC -c /dev/null -o "$out"
+"""
+
+
+@pytest.mark.skipif(shutil.which(CXX) is None, reason=f"{CXX} was not found")
+@pytest.mark.parametrize("editable", [False, True])
+def test_install_from_a_path_with_spaces(tmp_path, editable):
+    folder, prefix = tmp_path / "with spaces", tmp_path / "prefix"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("csrc", "dropout_ext"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    wanted = {file.relative_to(folder) for file in (folder / "dropout_ext").rglob("*.*")}
+    compiler = tmp_path / "compiler"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-I"]
+    run(*pip, "--prefix", prefix, *["-e"] * editable, folder,
+        CXX=str(compiler), DROPOUT_EXT_CUDA="0", CCACHE_DISABLE="1")  # fmt: skip
+    if editable:
+        packages = folder
+    else:
+        (packages,) = (path.parent for path in prefix.rglob("dropout_ext") if path.is_dir())
+    files = {path.relative_to(packages) for path in (packages / "dropout_ext").rglob("*.*")}
+    (compiled,) = files - wanted - {path for path in files if "__pycache__" in path.parts}
+    assert wanted <= files
+    assert compiled.match("dropout_ext/_C.*.so")

@@ -37,7 +37,7 @@ at::Tensor draw_key(const std::optional<at::Generator>& generator, c10::Device d
 
 // For tests, which bind it as _C._force_cuda_geometry: launch geometry changes no bits. 0 and false
 // leave the choice to the launcher; `threads` is a multiple of 32; `wide` forces 64-bit arithmetic
-// on positions.
+// on positions. Not to be called while another thread launches.
 void force_geometry(int64_t blocks, int64_t threads, bool wide);
 
 }  // namespace dropout_ext::cuda

@@ -127,7 +127,8 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// Safe without the GIL: kernels run without it anyway, and what outlives a call is of one thread.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   cpu::kernels();  // An environment variable that names no variant fails here, not in a kernel.
   PyObject* method = PyCFunction_NewEx(&eager_method, nullptr, nullptr);
   m.add_object("eager", py::reinterpret_steal<py::object>(method));

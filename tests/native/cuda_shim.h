@@ -14,6 +14,13 @@
 #include <memory>
 #include <type_traits>
 
+#include "half.h"
+
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)  // what clang says in place of GCC's macro
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -27,7 +34,8 @@
 #define __shared__ static
 
 struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 struct alignas(8) uint2 {
   uint32_t x, y;
@@ -289,17 +297,8 @@ using __nv_bfloat162 = __half2;
 inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
 inline uint16_t __half_as_ushort(__half x) { return x.bits; }
 inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
-inline float __half2float(__half x) {
-  _Float16 y;
-  std::memcpy(&y, &x, sizeof(y));
-  return static_cast<float>(y);
-}
-inline __half __float2half_rn(float x) {
-  const auto y = static_cast<_Float16>(x);
-  __half bits;
-  std::memcpy(&bits, &y, sizeof(bits));
-  return bits;
-}
+inline float __half2float(__half x) { return half_to_float(x.bits); }
+inline __half __float2half_rn(float x) { return {float_to_half(x)}; }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   if (std::isnan(x)) return {0x7fff};
   uint32_t bits;

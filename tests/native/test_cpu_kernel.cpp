@@ -17,6 +17,7 @@
 #include "../../csrc/cpu/kernel.h"
 #include "../../csrc/cpu/plan.h"
 #include "../../csrc/cpu/row_kernel.h"
+#include "half.h"
 
 namespace {
 
@@ -39,29 +40,14 @@ int failures = 0;
   va_end(args);
 }
 
-// Conversions of the 16-bit formats, told otherwise than in csrc/cpu/half.h: by the compiler's own
-// type, and by choosing the nearer neighbour.
-#if defined(__aarch64__)
-using NativeHalf = __fp16;  // GCC 12 has no _Float16 in C++ there
-#else
-using NativeHalf = _Float16;
-#endif
-
+// The conversions of bfloat16 are told otherwise than in csrc/cpu/half.h: by choosing the nearer
+// neighbour.
 struct Half {
   uint16_t bits;
   using Compute = float;
   static constexpr Dtype kDtype = Dtype::kFloat16;
-  static float load(Half h) {
-    NativeHalf x;
-    std::memcpy(&x, &h, 2);
-    return static_cast<float>(x);
-  }
-  static Half store(float f) {
-    const NativeHalf x = static_cast<NativeHalf>(f);
-    Half h;
-    std::memcpy(&h, &x, 2);
-    return h;
-  }
+  static float load(Half h) { return half_to_float(h.bits); }
+  static Half store(float f) { return {float_to_half(f)}; }
 };
 
 struct Brain {
@@ -268,19 +254,19 @@ void check_run(const Case& c, const Kernels::Of& of, const Mask& mask, int64_t s
   const Elem* source = in.data() + in_misalign;
   {
     Guarded<Elem> out(n, out_misalign);
-    of.run(reads ? source : nullptr, nullptr, out.data(), n, mask.from(skip), c.params);
+    of.run(reads ? source : out.data(), nullptr, out.data(), n, mask.from(skip), c.params);
     check_output(c, "run", source, keep, n, skip, out);
   }
   {
     Guarded<Elem> out(n, out_misalign);
     if (n > 0) std::memcpy(static_cast<void*>(out.data()), source, n * sizeof(Elem));
-    of.run(reads ? out.data() : nullptr, nullptr, out.data(), n, mask.from(skip), c.params);
+    of.run(out.data(), nullptr, out.data(), n, mask.from(skip), c.params);
     check_output(c, "run in place", source, keep, n, skip, out);
   }
   {
     Guarded<Elem> out(n, out_misalign);
     const std::vector<uint64_t> bits = pack(keep, n);
-    of.apply_bits(reads ? source : nullptr, nullptr, out.data(), n, bits.data(), c.params);
+    of.apply_bits(reads ? source : out.data(), nullptr, out.data(), n, bits.data(), c.params);
     check_output(c, "apply_bits", source, keep, n, skip, out);
   }
   if (of.run_streaming != nullptr && mask.from(skip).index % kBlock == 0) {
