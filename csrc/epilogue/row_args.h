@@ -54,7 +54,7 @@ struct RowArgs {
   const void* input_bias;  // compute type, a row, as colscale, weight and bias
   const void* colscale;
   const void* rowscale;  // compute type, one per row
-  void* sum;  // on the CPU null where there is a norm and nobody wants it
+  void* sum;             // on the CPU null where there is a norm and nobody wants it
   Dtype sum_dtype;
 
   Norm norm;
