@@ -145,12 +145,15 @@ def prices(table):
     for i, (role, label) in enumerate(MODEL_SIDES.items()):
         time = rows[(rows.role == role) & (rows.metric == "time over p = 0")]
         memory = rows[rows.metric == "peak memory"].pivot_table("p50", "case", "role", sort=False)
+        memory = memory.reindex(columns=["floor", *MODEL_SIDES])  # a run may end before some
         over = {
             "training step": time.set_index("case")[["p50", "p20", "p80"]],
             "peak memory": (memory[role] / memory["floor"]).dropna().to_frame("p50"),
         }
         for axis, of in zip(axes[0], over.values(), strict=True):
-            places = [cases.index(case) + (i - 1) * height for case in of.index]
+            places = [
+                cases.index(case) + (i - (len(MODEL_SIDES) - 1) / 2) * height for case in of.index
+            ]
             axis.barh(places, 100 * (of.p50 - 1), height, color=COLOURS[role], label=label)
             if "p20" in of:
                 reach = [100 * (of.p50 - of.p20), 100 * (of.p80 - of.p50)]

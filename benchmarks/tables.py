@@ -54,7 +54,7 @@ def time_of(row):
     return f"{short(row.p50 * 1e-9)} s"
 
 
-# From here on rounds differ by more than the machine does on its own: something else ran on it.
+# From here on rounds differ by more than most do on a machine that does nothing else.
 DOUBTFUL = 0.1
 
 
@@ -73,13 +73,15 @@ def per_call(row):
 
 def doubts(table):
     """A sentence where the machine was loaded while it was measured, else None."""
-    times = table[table.metric == "time"]
+    times = table[
+        (table.metric == "time") & (table.section != "bars")
+    ]  # of which no table is shown
     loud = times[variation(times) > DOUBTFUL]
     if loud.empty:
         return None
     return (
         f"{len(loud)} of {len(times)} times vary by more than {DOUBTFUL:.0%} between rounds, "
-        "marked with ! above: something else ran on this machine. Measure again when it is idle."
+        "marked with ! above: something else may have run on this machine. Measure when it is idle."
     )
 
 

@@ -54,7 +54,7 @@ struct Kernels {
   Of add[4];
   Of activation[kActivations][4];  // none for float64
   Of activation_backward[kActivations][4];
-  Of keep_mask;  // of bool; reads no input, for which the output stands
+  Of keep_mask;  // of bool; reads no input, and takes the output in its place
 
   // Keep bits of `rows` runs of n elements, row r from index mask.index + r * row_stride into
   // (n + 63) / 64 words at bits + r * row_words; bits from n on are unspecified.

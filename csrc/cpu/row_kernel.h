@@ -10,8 +10,9 @@ namespace dropout_ext::cpu {
 
 inline constexpr int kReduceRows = 4;
 
-// Where `streaming` stands, the rows that are written are aligned to kStreamAlignment, the mask's
-// too, and have a multiple of kStreamColumns elements.
+// What passes take as `streaming`: whether they store past the caches. If so, the rows that they
+// write begin at multiples of kStreamAlignment and have a multiple of kStreamColumns elements, and
+// the mask is aligned.
 inline constexpr int kStreamColumns = 16;
 
 struct RowKernels {

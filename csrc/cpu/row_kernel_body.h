@@ -69,8 +69,8 @@ struct Part {
   void prefetch_from(const Elem*) const {}
 };
 
-// An index of which the compiler does not know that it counts: GCC keeps every address made of a
-// counter in a register of its own, for prefetches even those that differ by a constant.
+// `at`, hidden from the compiler's analysis of loops. Of a loop's counter GCC makes a register for
+// each address to prefetch, even for those that differ by a constant, and runs out of registers.
 DROPOUT_EXT_INLINE int64_t opaque(int64_t at) {
   asm("" : "+r"(at));
   return at;

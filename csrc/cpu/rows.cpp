@@ -155,9 +155,7 @@ void RowMasks::store_bits(Key key, uint64_t index) {
 
 Rows::Rows(const RowArgs& args)
     : args_(args),
-      of_(kernels().rows->of[row_pair(
-          args.norm == Norm::kNone || args.input != nullptr ? args.input_dtype : args.out_dtype,
-          args.sum_dtype)]),
+      of_(kernels().rows->of[row_pair(args.input_dtype, args.sum_dtype)]),
       moments_(kernels().rows->moments[static_cast<int>(args.sum_dtype)]),
       defaults_(args.columns) {
   const Dtype compute = compute_dtype(args.sum_dtype);

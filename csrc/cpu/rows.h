@@ -10,13 +10,14 @@
 
 namespace dropout_ext::cpu {
 
-// Rows of one's own begin where a cache line does: vectors that cross lines take twice the time.
+// Memory of this file's own is made of cache lines, so that it begins where one does: a vector that
+// crosses two lines takes twice the time.
 struct alignas(64) Line {
   std::byte bytes[64];
 };
 
-// What stands in for arguments that are left out: a row each of zeros, -0 (which added changes
-// nothing), ones, and keep bits that keep everything.
+// What stands in for arguments that are left out: a row each of -0 (which added changes nothing),
+// ones, and keep bits that keep everything.
 class Defaults {
  public:
   explicit Defaults(int64_t columns) : columns_(columns) {}

@@ -46,7 +46,7 @@ struct RowArgs {
   RowMask mask;
   double scale;
 
-  const void* input;  // null: the sum is given, nothing is dropped or added
+  const void* input;  // null, on CUDA alone: the sum is given, nothing is dropped or added
   Dtype input_dtype;
   int64_t input_stride;
   const void* residual;  // of sum_dtype

@@ -250,7 +250,8 @@ AddNorm add_norm_kernel(const RowCall& call, ScalarType sum_dtype, ScalarType dt
     return input.is_cpu() ? at::detail::empty_cpu(shape, type)
                           : at::empty(shape, input.options().dtype(type));
   };
-  // The CUDA kernel reads it again where a row is too long to be held.
+  // The CUDA kernels read it again where a row is too long to be held, and where input and output
+  // have different dtypes.
   const bool stored = call.return_sum || input.is_cuda();
   const Tensor sum = empty(stored ? sizes : at::IntArrayRef{0}, sum_dtype);
   Tensor out = empty(sizes, dtype);

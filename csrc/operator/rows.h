@@ -25,7 +25,9 @@ struct RowCall {
   at::Tensor weight = {}, bias = {};
   double eps = 0;
   bool rms = false;
-  bool return_sum = true;  // else it is empty
+  // Else the sum that add_norm returns is empty, but for calls that need a graph or are batched:
+  // nobody reads it then.
+  bool return_sum = true;
 
   Call dropout() const { return {key, p, scale, mask_strides, mask_offset}; }
   bool has_scales() const {
