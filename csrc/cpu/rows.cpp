@@ -69,9 +69,9 @@ void append_bits(std::vector<uint64_t>& to, int64_t first, const uint64_t* from,
 
 }  // namespace
 
-const void* Defaults::row(std::vector<uint64_t>& memory, Dtype dtype, double value) {
+const void* Defaults::row(std::vector<Line>& memory, Dtype dtype, double value) {
   if (!memory.empty()) return memory.data();
-  memory.resize(ceil_div(columns_ * element_size(dtype), 8));
+  memory.resize(lines(columns_, dtype));
   void* const to = memory.data();
   switch (dtype) {
     case Dtype::kFloat64: std::fill_n(static_cast<double*>(to), columns_, value); break;

@@ -26,10 +26,11 @@ class Defaults {
   const uint64_t* all_kept();
 
  private:
-  const void* row(std::vector<uint64_t>& memory, Dtype dtype, double value);
+  const void* row(std::vector<Line>& memory, Dtype dtype, double value);
 
   int64_t columns_;
-  std::vector<uint64_t> minus_zeros_[2], ones_, all_kept_;
+  std::vector<Line> minus_zeros_[2], ones_;
+  std::vector<uint64_t> all_kept_;
 };
 
 // The keep decisions of rows, one after the other.
